@@ -1,0 +1,38 @@
+"""Kernels behind one op: the backends in order of preference, and how a weight finds its own."""
+
+from __future__ import annotations
+
+from spinfer.errors import SpinferError
+from spinfer.format import TcaBmeTensor
+from spinfer.kernels.packed import Backend, PackedWeight
+from spinfer.kernels.tilewise import TilewiseBackend
+
+TILEWISE = TilewiseBackend()
+
+BACKENDS: tuple[Backend, ...] = (TILEWISE,)
+"""First match wins; the last accepts everything."""
+
+
+def backend_of(layout: str) -> Backend:
+    """The backend that reads a layout.
+
+    Raises:
+        SpinferError: no backend of that name in this version.
+    """
+    for backend in BACKENDS:
+        if backend.layout == layout:
+            return backend
+    raise SpinferError(f"no kernel reads the layout {layout!r}")
+
+
+def pack(weight: TcaBmeTensor) -> PackedWeight:
+    """The weight in the layout of the fastest backend that accepts it where it is."""
+    return next(backend for backend in BACKENDS if backend.accepts(weight)).pack(weight)
+
+
+def unpack(packed: PackedWeight) -> TcaBmeTensor:
+    """Back to the storage layout, bit-exact."""
+    return backend_of(packed.layout).unpack(packed)
+
+
+__all__ = ["BACKENDS", "TILEWISE", "Backend", "PackedWeight", "backend_of", "pack", "unpack"]

@@ -1,0 +1,80 @@
+"""How a kernel holds a weight in memory, and what a backend must provide.
+
+On disk there is one order, that of FORMAT.md. A backend may read another one faster: it repacks at load, losslessly,
+and gives the on-disk bytes back when the weight is saved or moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spinfer.format import TcaBmeTensor
+
+STORAGE_LAYOUT = "tca_bme"
+"""The layout of FORMAT.md itself: parts are (values, bitmap, offsets)."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight in the layout that a backend's kernels read.
+
+    Attributes:
+        layout: name of the backend's layout.
+        parts: its arrays, as the backend defines them.
+        shape: (out_features, in_features).
+        nnz: nonzeros.
+        dtype: type of the values.
+    """
+
+    layout: str
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    nnz: int
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.parts[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(part.nbytes for part in self.parts)
+
+
+class Backend(Protocol):
+    """One layout and the kernels that read it."""
+
+    layout: str
+
+    def accepts(self, weight: TcaBmeTensor) -> bool:
+        """Whether this backend can run the weight where it is (device, dtype, and what this machine offers)."""
+
+    def pack(self, weight: TcaBmeTensor) -> PackedWeight:
+        """Repack, losslessly, a bounded piece at a time."""
+
+    def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
+        """The inverse of `pack`, bit-exact."""
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias.
+
+        Args:
+            x: (tokens, in_features), tokens >= 1, last stride 1, fp16, bf16 or fp32.
+            packed: what `pack` returned.
+            bias: (out_features,) of x's dtype, or None.
+
+        Returns:
+            (tokens, out_features), dtype and device of x, accumulated in fp32 or better.
+        """
+
+
+def as_packed(weight: TcaBmeTensor) -> PackedWeight:
+    """The weight in its storage layout; shares memory."""
+    parts = (weight.values, weight.bitmap, weight.offsets)
+    return PackedWeight(STORAGE_LAYOUT, parts, weight.shape, weight.nnz, weight.dtype)

@@ -1,0 +1,123 @@
+"""The op `torch.ops.spinfer.linear`: schema, fake, implementation and gradient; `linear` is its public face.
+
+One op serves every layout: the parts travel as a tensor list beside the layout's name, so torch.compile, torch.export
+and CUDA graphs see one opaque call, and backends are slotted in behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinfer.errors import SpinferError
+from spinfer.format import TcaBmeTensor
+from spinfer.kernels import TILEWISE, PackedWeight, backend_of, unpack
+from spinfer.kernels.packed import as_packed
+
+_ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_library = torch.library.Library("spinfer", "DEF")
+_SCHEMA = "Tensor[] parts, str layout, int[] shape, int nnz, ScalarType dtype"
+_library.define(f"linear(Tensor x, {_SCHEMA}, Tensor? bias=None) -> Tensor")
+_library.define(f"linear_input_gradient(Tensor grad, {_SCHEMA}) -> Tensor")
+
+
+def _packed(parts: Sequence[Tensor], layout: str, shape: Sequence[int], nnz: int, dtype: torch.dtype) -> PackedWeight:
+    return PackedWeight(layout, tuple(parts), (shape[0], shape[1]), nnz, dtype)
+
+
+def _linear(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    layout: str,
+    shape: Sequence[int],
+    nnz: int,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    packed = _packed(parts, layout, shape, nnz, dtype)
+    out_shape = (*x.shape[:-1], shape[0])
+    x = x.reshape(-1, shape[1])
+    if x.shape[0] == 0:
+        return x.new_empty(out_shape)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return backend_of(layout).linear(x, packed, bias).view(out_shape)
+
+
+def _linear_input_gradient(
+    grad: Tensor, parts: Sequence[Tensor], layout: str, shape: Sequence[int], nnz: int, dtype: torch.dtype
+) -> Tensor:
+    storage = as_packed(unpack(_packed(parts, layout, shape, nnz, dtype)))
+    flat = TILEWISE.input_gradient(grad.reshape(-1, shape[0]), storage)
+    return flat.view(*grad.shape[:-1], shape[1])
+
+
+def _linear_fake(x: Tensor, parts: Any, layout: Any, shape: Sequence[int], *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+def _linear_input_gradient_fake(grad: Tensor, parts: Any, layout: Any, shape: Sequence[int], *_: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, layout, shape, nnz, dtype, bias = inputs
+    ctx.save_for_backward(*parts)
+    ctx.weight = (layout, shape, nnz, dtype)
+    ctx.has_bias = bias is not None
+    ctx.parts_len = len(parts)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.spinfer.linear_input_gradient(grad, ctx.saved_tensors, *ctx.weight)
+    if ctx.has_bias and ctx.needs_input_grad[6]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, [None] * ctx.parts_len, None, None, None, None, grad_bias
+
+
+for _name, _impl, _fake in (
+    ("linear", _linear, _linear_fake),
+    ("linear_input_gradient", _linear_input_gradient, _linear_input_gradient_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _impl, _key)
+    torch.library.register_fake(f"spinfer::{_name}", _fake, lib=_library)
+torch.library.register_autograd("spinfer::linear", _backward, setup_context=_setup_context, lib=_library)
+
+
+def linear(x: Tensor, weight: TcaBmeTensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Compute y = x W^T + bias with a sparse weight, accumulated in fp32 or better.
+
+    Args:
+        x: (..., in_features), fp16, bf16 or fp32, on the weight's device; its dtype may differ from the values'.
+        weight: an encoded weight, or one that `pack` brought into the layout of the fastest kernel for its device
+            (pack once and keep the result: an unpacked weight runs on the portable path).
+        bias: (out_features,) of x's dtype, or None.
+
+    Returns:
+        (..., out_features), dtype of x. Gradients flow to x and bias; the weight is constant.
+
+    Raises:
+        SpinferError: shapes, dtypes or devices do not fit.
+    """
+    packed = as_packed(weight) if isinstance(weight, TcaBmeTensor) else weight
+    out_features, in_features = packed.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise SpinferError(f"x has shape {tuple(x.shape)}; its last side must be in_features = {in_features}")
+    if x.dtype not in _ACTIVATION_DTYPES:
+        raise SpinferError(f"x is {x.dtype}; convert it to fp16, bf16 or fp32")
+    if x.device != packed.device:
+        raise SpinferError(f"x is on {x.device} but the weight on {packed.device}; move one of them")
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise SpinferError(
+            f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}; "
+            f"expected ({out_features},) {x.dtype} on {x.device}"
+        )
+    y: Tensor = torch.ops.spinfer.linear(x, packed.parts, packed.layout, packed.shape, packed.nnz, packed.dtype, bias)
+    return y
