@@ -104,6 +104,8 @@ class SparseLinear(nn.Module):
             self.weight = nn.Parameter(empty, requires_grad=False)
             for name in STORAGE_NAMES[1:]:
                 setattr(self, name, None)
+            for index, part in enumerate(packed.parts):  # so that memory footprints count them
+                self.register_buffer(f"packed_{index}", part, persistent=False)
             self._packed = packed
         return self
 
@@ -111,6 +113,8 @@ class SparseLinear(nn.Module):
         """Bring the weight back into on-disk order, in place; returns self."""
         if self._packed is not None:
             storage = unpack(self._packed)
+            for index in range(len(self._packed.parts)):
+                delattr(self, f"packed_{index}")
             self._packed = None
             self._set_storage(storage)
         return self

@@ -1,0 +1,190 @@
+"""transformers: load, save, compress and restore models through its quantiser interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spinfer.checkpoint.config import FORMAT_NAME, QUANT_METHOD, CompressionConfig, ModuleEntry
+from spinfer.errors import CheckpointError, FormatError, SpinferError
+from spinfer.format import FORMAT_VERSION
+from spinfer.linear import SparseLinear
+from spinfer.model import LinearModules, Replacement, linear_modules, replace_linears, restore_linears
+
+
+@register_quantization_config(QUANT_METHOD)
+class SpinferConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a compressed model, as transformers holds it; see `CompressionConfig`."""
+
+    def __init__(
+        self,
+        modules: dict[str, Any] | None = None,
+        dense: dict[str, str] | None = None,
+        format: str = FORMAT_NAME,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **_: Any,
+    ) -> None:
+        self.quant_method = quant_method
+        self.format = format
+        self.format_version = format_version
+        self.modules = modules or {}
+        self.dense = dense or {}
+
+    def parsed(self) -> CompressionConfig:
+        """Checked and typed."""
+        return CompressionConfig.from_dict(self.to_dict())
+
+
+@register_quantizer(QUANT_METHOD)
+class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts a `SparseLinear` where the checkpoint has a compressed weight, before any weight is loaded."""
+
+    requires_calibration = False
+    quantization_config: SpinferConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot work, before weights are touched."""
+        if not self.pre_quantized:
+            raise SpinferError(
+                "from_pretrained cannot compress while it loads; run `spinfer compress MODEL -o OUT` and load OUT, "
+                "or call spinfer.compress_model(model) on the loaded model"
+            )
+        self.quantization_config.parsed()
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name, entry in self.quantization_config.parsed().modules.items():
+            path = _module_path(model, name)
+            dense = model.get_submodule(path)
+            if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != entry.shape:
+                raise CheckpointError(
+                    f"config.json compresses {name!r} as a Linear of shape {entry.shape}, but the model has {dense}; "
+                    "config.json and weights belong to different models"
+                )
+            sparse = SparseLinear(
+                dense.in_features,
+                dense.out_features,
+                nnz=entry.nnz,
+                values_len=entry.values_len,
+                bias=dense.bias is not None,
+                device="meta",
+                dtype=dense.weight.dtype,
+            )
+            model.set_submodule(path, sparse)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in _sparse_modules(model).items():
+            if module.weight.device.type == "meta":  # offloaded: accelerate brings the storage parts in for each call
+                continue
+            try:
+                module.storage.validate()
+            except FormatError as error:
+                raise CheckpointError(
+                    f"{getattr(model.config, 'name_or_path', '') or 'checkpoint'}: the parts of {name} disagree: "
+                    f"{error}. The files are damaged or incomplete; fetch or compress the model again"
+                ) from error
+            module.pack_()
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Bring the config up to date (the model may have been cast) before save_pretrained writes it."""
+        model.config.quantization_config = _config_of(model, self.quantization_config.dense)
+        return None, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        restore_linears(model)
+        return model.to(dtype) if dtype is not None else model
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the compressed model back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through to activations and adapters; the sparse weights stay fixed."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Lets `generate` compile the forward pass with a static cache."""
+        return True
+
+
+def _sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def _module_path(model: PreTrainedModel, name: str) -> str:
+    """A checkpoint's module name as this model has it: the base model's prefix may come or go between heads."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    raise CheckpointError(
+        f"config.json compresses {name!r}, which {type(model).__name__} does not have; "
+        "load it with the class it was compressed from (config.json, architectures)"
+    )
+
+
+def _config_of(model: nn.Module, dense: dict[str, str]) -> SpinferConfig:
+    entries = {name: ModuleEntry.of(module.storage) for name, module in _sparse_modules(model).items()}
+    return SpinferConfig(**CompressionConfig(entries, dense).to_dict())
+
+
+def model_linears(path: str) -> LinearModules:
+    """List the Linears of the causal language model that config.json in a directory describes; loads no weights.
+
+    Raises:
+        CheckpointError: no config.json, or no architecture that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not a causal language model that transformers knows: {first_line}") from error
+    return linear_modules(model)
+
+
+def compress_model(
+    model: nn.Module,
+    *,
+    refuse: Callable[[str], str | None] = lambda name: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Replacement:
+    """Encode a loaded model's Linears in place; a transformers model can then be saved compressed.
+
+    Args:
+        model: a module with pruned weights, on CPU or CUDA.
+        refuse: called with a module's name; a reason keeps it dense, None lets it be compressed.
+        progress: called with (done, total) after each Linear.
+
+    Returns:
+        Which modules were encoded, and why the others were not.
+
+    Raises:
+        SpinferError: nothing can be compressed, or the model is quantised already.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise SpinferError("the model is quantised already; compress the unquantised one")
+    result = replace_linears(model, refuse=refuse, progress=progress)
+    if isinstance(model, PreTrainedModel):
+        config = _config_of(model, result.dense)
+        quantizer = SpinferHfQuantizer(config, pre_quantized=True)
+        model.config.quantization_config = config
+        model.hf_quantizer = quantizer
+        model.is_quantized = True
+        model.quantization_method = QUANT_METHOD
+    return result
