@@ -19,7 +19,7 @@ __all__ = ["SparseLinear", "SpinferError", "TcaBmeTensor", "compress_model", "en
 
 
 def _register_with_transformers() -> None:
-    import spinfer.integrations.transformers  # noqa: F401
+    import spinfer.integrations.transformers.quantizer  # noqa: F401
 
 
 after_import("transformers.modeling_utils", _register_with_transformers)
@@ -27,7 +27,7 @@ after_import("transformers.modeling_utils", _register_with_transformers)
 
 def __getattr__(name: str) -> Any:
     if name == "compress_model":  # needs transformers, which takes seconds to import
-        from spinfer.integrations.transformers import compress_model
+        from spinfer.integrations.transformers.quantizer import compress_model
 
         return compress_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

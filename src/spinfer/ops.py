@@ -21,7 +21,8 @@ _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _library = torch.library.Library("spinfer", "DEF")
 _SCHEMA = "Tensor[] parts, str layout, int[] shape, int nnz, ScalarType dtype"
-_library.define(f"linear(Tensor x, {_SCHEMA}, Tensor? bias=None) -> Tensor")
+# No default for bias: traced graphs drop defaulted arguments, and then the gradients no longer match the inputs.
+_library.define(f"linear(Tensor x, {_SCHEMA}, Tensor? bias) -> Tensor")
 _library.define(f"linear_input_gradient(Tensor grad, {_SCHEMA}) -> Tensor")
 
 
@@ -36,7 +37,7 @@ def _linear(
     shape: Sequence[int],
     nnz: int,
     dtype: torch.dtype,
-    bias: Tensor | None = None,
+    bias: Tensor | None,
 ) -> Tensor:
     packed = _packed(parts, layout, shape, nnz, dtype)
     out_shape = (*x.shape[:-1], shape[0])

@@ -1,4 +1,4 @@
-"""transformers: load, save, compress and restore models through its quantiser interface."""
+"""Load, save, compress and restore transformers models through its quantiser interface."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -15,7 +15,7 @@ from spinfer.checkpoint.config import FORMAT_NAME, QUANT_METHOD, CompressionConf
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import FORMAT_VERSION
 from spinfer.linear import SparseLinear
-from spinfer.model import LinearModules, Replacement, linear_modules, replace_linears, restore_linears
+from spinfer.model import Replacement, replace_linears, restore_linears
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -97,9 +97,12 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = _config_of(model, self.quantization_config.dense)
         return None, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         restore_linears(model)
-        return model.to(dtype) if dtype is not None else model
+        if isinstance(dtype, str):  # config.dtype is a name once the model has been saved
+            dtype = getattr(torch, dtype)
+        # Casting rounds fp32 buffers too (rotary frequencies), so cast only where another dtype is asked for.
+        return model if dtype in (None, model.dtype) else model.to(dtype)
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the compressed model back."""
@@ -138,24 +141,6 @@ def _module_path(model: PreTrainedModel, name: str) -> str:
 def _config_of(model: nn.Module, dense: dict[str, str]) -> SpinferConfig:
     entries = {name: ModuleEntry.of(module.storage) for name, module in _sparse_modules(model).items()}
     return SpinferConfig(**CompressionConfig(entries, dense).to_dict())
-
-
-def model_linears(path: str) -> LinearModules:
-    """List the Linears of the causal language model that config.json in a directory describes; loads no weights.
-
-    Raises:
-        CheckpointError: no config.json, or no architecture that transformers knows.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a causal language model that transformers knows: {first_line}") from error
-    return linear_modules(model)
 
 
 def compress_model(

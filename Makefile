@@ -1,0 +1,25 @@
+# Everything runs in .venv at the project's root; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test quality clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable '.[demo,test,quality]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(PY) demo/run.py
+
+test: $(VENV)/.installed
+	$(PY) -m pytest
+
+quality: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .demo build dist

@@ -1,0 +1,97 @@
+"""The main job on a real model: prune, compress, load, generate, and compare with the dense model.
+
+Each step is the command a user would type; this script only chains them and prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetch import fetch_model, fetch_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spinfer.model import linear_modules
+from spinfer.pruning import prune_magnitude_
+
+PROMPT = "Give me three reasons to visit Norway."
+
+
+def spinfer(*arguments: str | Path, capture: bool = False) -> Any:
+    """Run `spinfer ...`; its JSON when captured."""
+    command = [sys.executable, "-m", "spinfer", *map(str, arguments)]
+    print(f"\n$ spinfer {shlex.join(command[3:])}", file=sys.stderr)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE if capture else None)
+    return json.loads(done.stdout) if capture else None
+
+
+def prune(dense: Path, output: Path, sparsity: float) -> None:
+    """Magnitude-prune every Linear but the output embedding."""
+    print(f"\npruning {sparsity:.0%} of each Linear by magnitude", file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    for name in linear_modules(model).linears:
+        prune_magnitude_(model.get_submodule(name).weight, sparsity)
+    shutil.rmtree(output, ignore_errors=True)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(output)
+
+
+def weights_nbytes(folder: Path) -> int:
+    """Bytes of a directory's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Run the demo in a folder that keeps what was fetched."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"))
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--eval-tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(exist_ok=True)
+
+    dense = fetch_model(folder)
+    _, text = fetch_text(folder)
+    pruned, compressed = folder / "smollm2-135m-pruned", folder / "smollm2-135m-spinfer"
+    prune(dense, pruned, arguments.sparsity)
+
+    shutil.rmtree(compressed, ignore_errors=True)
+    spinfer("compress", pruned, "-o", compressed)
+    report = spinfer("inspect", compressed, "--json", capture=True)
+    spinfer("generate", compressed, "--prompt", PROMPT, "--max-tokens", "48")
+    evaluation = ["--text", text, "--max-tokens", arguments.eval_tokens, "--json"]
+    dense_result = spinfer("eval", dense, *evaluation, capture=True)
+    compressed_result, pruned_result = spinfer("eval", compressed, *evaluation, "--compare", pruned, capture=True)
+    bench = spinfer("bench", compressed, "-p", 64, "-n", 16, "-o", "json", "--compare", pruned, capture=True)
+    sparse_speed, dense_speed = bench["results"]
+
+    def row(name: str, path: Path, result: dict[str, Any], speed: dict[str, Any] | None, bits: float) -> str:
+        decode = f"{speed['decode_tokens_per_s']:.2f}" if speed else ""
+        memory = f"{speed['memory_nbytes'] / 1e6:.1f}" if speed else ""
+        size = f"{weights_nbytes(path) / 1e6:.1f}"
+        return (
+            f"| {name:<10} | {size:>7} | {bits:>13.2f} | {result['perplexity']:>10.4f} | {decode:>15} | {memory:>12} |"
+        )
+
+    dense_bits = 8.0 * torch.bfloat16.itemsize
+    print(
+        "\nSmolLM2-135M-Instruct, whose weights its packager had rounded to 4 bits; "
+        f"magnitude-pruned to {arguments.sparsity:.0%} in every Linear. Held-out Wikipedia text.\n"
+    )
+    print("| model      |  MB disk | bits a weight | perplexity | decode tokens/s | MB in memory |")
+    print("| ---------- | -------: | ------------: | ---------: | --------------: | -----------: |")
+    print(row("dense", dense, dense_result, None, dense_bits))
+    print(row("pruned", pruned, pruned_result, dense_speed, dense_bits))
+    print(row("compressed", compressed, compressed_result, sparse_speed, report["bits_per_weight"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m spinfer`."""
+
+from spinfer.cli import main
+
+main()

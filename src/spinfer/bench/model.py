@@ -1,0 +1,98 @@
+"""Prefill and decode speed of whole models, interleaved so that a drifting machine treats each alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelTiming:
+    """Medians over repeats.
+
+    Attributes:
+        prefill_tokens_per_s: prompt tokens of the whole batch over the time to the first token.
+        decode_tokens_per_s: generated tokens of the whole batch over their time.
+        time_to_first_token_ms: prefill time.
+        decode_step_ms: time of one decode step.
+    """
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    time_to_first_token_ms: float
+    decode_step_ms: float
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def run_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """One greedy run; seconds of the prefill, and of `new_tokens` decode steps together.
+
+    Args:
+        model: a transformers causal language model.
+        prompt: int64 [batch, prompt tokens], on the model's device.
+        new_tokens: decode steps after the first token.
+    """
+    _synchronize(prompt.device)
+    start = time.perf_counter()
+    out = model(prompt, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    _synchronize(prompt.device)
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    _synchronize(prompt.device)
+    return prefilled - start, time.perf_counter() - prefilled
+
+
+def time_models(
+    models: Mapping[str, nn.Module],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int = 1,
+    repeats: int = 3,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, ModelTiming]:
+    """Time models against each other: one warm-up each, then repeats in turn, medians.
+
+    Args:
+        models: by label; transformers causal language models with the same vocabulary.
+        prompt_tokens: prompt length; the prompt is random.
+        new_tokens: decode steps.
+        batch: sequences.
+        repeats: timed runs of each model.
+        progress: called with (runs done, runs).
+    """
+    vocabulary = min(int(model.config.vocab_size) for model in models.values())  # type: ignore[union-attr, arg-type]
+    ids = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    runs: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
+    for repeat in range(repeats + 1):
+        for index, (label, model) in enumerate(models.items()):
+            steps = new_tokens if repeat else min(2, new_tokens)
+            times = run_once(model, ids.to(next(model.parameters()).device), steps)
+            if repeat:
+                runs[label].append(times)
+            progress(repeat * len(models) + index + 1, (repeats + 1) * len(models))
+    return {label: _timing(times, prompt_tokens, new_tokens, batch) for label, times in runs.items()}
+
+
+def _timing(times: list[tuple[float, float]], prompt_tokens: int, new_tokens: int, batch: int) -> ModelTiming:
+    prefill = statistics.median(prefill for prefill, _ in times)
+    decode = statistics.median(decode for _, decode in times)
+    return ModelTiming(
+        prefill_tokens_per_s=batch * prompt_tokens / prefill,
+        decode_tokens_per_s=batch * new_tokens / decode if new_tokens else 0.0,
+        time_to_first_token_ms=prefill * 1e3,
+        decode_step_ms=decode / max(1, new_tokens) * 1e3,
+    )

@@ -1,0 +1,34 @@
+"""Options that several verbs take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from spinfer.errors import SpinferError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: CUDA where there is one.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")]
+
+
+def resolve_device(device: str) -> str:
+    """The device that `auto` means here.
+
+    Raises:
+        SpinferError: CUDA is asked for and there is none.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SpinferError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Apply --threads."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""transformers: the quantiser (`quantizer`), loading (`models`) and timed generation (`generation`)."""

@@ -1,0 +1,49 @@
+"""Open a model directory: its Linears without its weights, or the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from spinfer.errors import CheckpointError, SpinferError
+from spinfer.model import LinearModules, linear_modules
+
+
+def model_linears(path: str) -> LinearModules:
+    """List the Linears of the causal language model that config.json in a directory describes; loads no weights.
+
+    Raises:
+        CheckpointError: no config.json, or no architecture that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not a causal language model that transformers knows: {first_line}") from error
+    return linear_modules(model)
+
+
+def load_causal_lm(path: str, *, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """Load a dense or compressed model and its tokenizer, in the dtype its config names, ready for inference.
+
+    Raises:
+        CheckpointError: the directory lacks what transformers needs.
+    """
+    if not Path(path, "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json; name a Hugging Face model directory")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except SpinferError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    return model.eval(), tokenizer

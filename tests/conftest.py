@@ -1,0 +1,77 @@
+"""Small pruned models of several architectures."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub; transformers reads it at import
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from spinfer.model import linear_modules
+from spinfer.pruning import prune_magnitude_
+
+ARCHITECTURES = {
+    "llama": LlamaConfig(
+        hidden_size=128,
+        intermediate_size=200,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=128,
+    ),
+    "qwen2": Qwen2Config(
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    ),
+    "opt": OPTConfig(
+        hidden_size=128,
+        ffn_dim=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=320,
+        max_position_embeddings=128,
+        word_embed_proj_dim=64,
+    ),
+    "gpt_neox": GPTNeoXConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=320,
+        max_position_embeddings=128,
+    ),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320, n_positions=128),
+}
+
+
+def pruned_model(architecture: str, *, sparsity: float = 0.6, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model with random weights whose Linears are pruned by magnitude."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[architecture]), dtype=dtype).eval()
+    for name in linear_modules(model).linears:
+        prune_magnitude_(model.get_submodule(name).weight, sparsity)
+    return model
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Token ids [2, 12]."""
+    return torch.randint(0, 320, (2, 12))
