@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import pruned_model
 
+from conftest import pruned_model
 from spinfer.errors import SpinferError
 from spinfer.evaluation import perplexity
 
