@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+CODE := src tests demo benchmarks
 
 .PHONY: demo test quality clean
 
@@ -17,8 +18,8 @@ test: $(VENV)/.installed
 	$(PY) -m pytest
 
 quality: $(VENV)/.installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 
 clean:

@@ -7,8 +7,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub; transformers reads it at import
 
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -16,6 +19,7 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -75,3 +79,22 @@ def pruned_model(architecture: str, *, sparsity: float = 0.6, dtype: torch.dtype
 def tokens() -> torch.Tensor:
     """Token ids [2, 12]."""
     return torch.randint(0, 320, (2, 12))
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
+    """A complete model directory with a tokenizer that knows single characters, and a chat template."""
+    vocabulary = {chr(code): code for code in range(1, 256)} | {"<unk>": 0}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pruned_dir(tmp_path: Path) -> Path:
+    """A pruned dense Llama on disk."""
+    folder = tmp_path / "pruned"
+    return save_with_tokenizer(pruned_model("llama"), folder)

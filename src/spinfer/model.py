@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from spinfer.checkpoint.select import Selection
 from spinfer.errors import SpinferError
 from spinfer.format import TcaBmeTensor, encode
 from spinfer.format.layout import VALUE_DTYPES
@@ -82,25 +83,28 @@ def _tied(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def replace_linears(
     model: nn.Module,
     *,
-    refuse: Callable[[str], str | None] = lambda name: None,
+    include: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replacement:
     """Encode a model's Linears in place, one at a time, and bring each into the layout of its device's kernel.
 
     Args:
         model: any module whose weights are loaded.
-        refuse: called with a module's name; a reason keeps it dense, None lets it be compressed.
+        include: patterns of module names to compress, all where empty; see `Selection`.
+        ignore: patterns of module names to leave dense.
         progress: called with (done, total) after each Linear.
 
     Raises:
-        SpinferError: the model has no Linear that can be compressed.
+        SpinferError: the model has no Linear that can be compressed, or a pattern matches none.
     """
     found = linear_modules(model)
+    selection = Selection([*found.linears, *found.dense], include, ignore)
     result = Replacement(dense=dict(found.dense))
     for done, name in enumerate(found.linears):
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear)
-        encoded = refuse(name) or _encode(dense.weight)
+        encoded = selection.refusal(name) or _encode(dense.weight)
         if isinstance(encoded, str):
             result.dense[name] = encoded
         else:

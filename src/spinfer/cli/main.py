@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import typer
@@ -9,33 +10,39 @@ import typer
 from spinfer.cli.output import stderr
 from spinfer.errors import SpinferError
 
-app = typer.Typer(
-    name="spinfer",
-    help="Unstructured-sparse language models, smaller and faster to run.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-
-def _add_verbs() -> None:
-    # Imported here: the verbs bring in transformers, which takes seconds, and `spinfer --version` should not wait.
+@functools.cache
+def application() -> typer.Typer:
+    """The command with all its verbs; they import transformers, which takes seconds, so only when it runs."""
     from spinfer.cli.bench import bench
+    from spinfer.cli.compress import compress
+    from spinfer.cli.decompress import decompress
     from spinfer.cli.evaluate import evaluate
     from spinfer.cli.generate import generate
+    from spinfer.cli.inspect import inspect
 
+    app = typer.Typer(
+        name="spinfer",
+        help="Unstructured-sparse language models, smaller and faster to run.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.command()(compress)
+    app.command()(decompress)
+    app.command()(inspect)
     app.command()(generate)
     app.command("eval")(evaluate)
     app.command()(bench)
+    return app
 
 
 def main() -> None:
     """Entry point."""
     try:
-        _add_verbs()
-        app()
+        application()()
     except SpinferError as error:
-        stderr.print(f"error: {error}", markup=False, soft_wrap=True)
+        stderr.print(f"error: {error}", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:
         stderr.print("interrupted")

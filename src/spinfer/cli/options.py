@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -9,6 +10,8 @@ import typer
 
 from spinfer.errors import SpinferError
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to make; it must not exist.")]
+MaxShard = Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="Most 10^9 bytes in one weights file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: CUDA where there is one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,11 +79,13 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(path, sparse)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in _sparse_modules(model).items():
+        for name, entry in self.quantization_config.parsed().modules.items():
+            module = model.get_submodule(_module_path(model, name))
+            assert isinstance(module, SparseLinear)
             if module.weight.device.type == "meta":  # offloaded: accelerate brings the storage parts in for each call
                 continue
             try:
-                module.storage.validate()
+                entry.check(module.storage)
             except FormatError as error:
                 raise CheckpointError(
                     f"{getattr(model.config, 'name_or_path', '') or 'checkpoint'}: the parts of {name} disagree: "
@@ -146,14 +148,16 @@ def _config_of(model: nn.Module, dense: dict[str, str]) -> SpinferConfig:
 def compress_model(
     model: nn.Module,
     *,
-    refuse: Callable[[str], str | None] = lambda name: None,
+    include: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replacement:
     """Encode a loaded model's Linears in place; a transformers model can then be saved compressed.
 
     Args:
         model: a module with pruned weights, on CPU or CUDA.
-        refuse: called with a module's name; a reason keeps it dense, None lets it be compressed.
+        include: patterns of module names to compress (`*.mlp.*`, or `re:` and a regular expression); all where empty.
+        ignore: patterns of module names to leave dense.
         progress: called with (done, total) after each Linear.
 
     Returns:
@@ -164,7 +168,7 @@ def compress_model(
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise SpinferError("the model is quantised already; compress the unquantised one")
-    result = replace_linears(model, refuse=refuse, progress=progress)
+    result = replace_linears(model, include=include, ignore=ignore, progress=progress)
     if isinstance(model, PreTrainedModel):
         config = _config_of(model, result.dense)
         quantizer = SpinferHfQuantizer(config, pre_quantized=True)

@@ -1,0 +1,219 @@
+"""The command line as a user meets it: two streams and an exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import spinfer
+from spinfer.cli import main
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `spinfer ...` through its entry point, in this process: starting one costs seconds."""
+    command = ["spinfer", *map(str, arguments)]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: str | Path) -> str:
+    """Its stdout; fails the test on a nonzero status."""
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def as_json(*arguments: str | Path) -> Any:
+    """Its stdout, which must be JSON and nothing else."""
+    return json.loads(succeed(*arguments))
+
+
+def error_of(*arguments: str | Path) -> str:
+    """The one line that a failing command ends with."""
+    done = run(*arguments)
+    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.fixture
+def compressed_dir(pruned_dir: Path) -> Path:
+    """Compressed through the command line."""
+    output = pruned_dir.parent / "compressed"
+    succeed("compress", pruned_dir, "-o", output)
+    return output
+
+
+def test_compress_inspect_load_decompress(pruned_dir: Path, compressed_dir: Path, tmp_path: Path) -> None:
+    report = as_json("inspect", compressed_dir, "--json")
+    assert len(report["layers"]) == 14
+    assert report["dense"][0]["name"] == "lm_head"
+    assert report["total_nbytes"] < report["total_dense_nbytes"]
+    table = succeed("inspect", compressed_dir)
+    assert "model.layers.1.mlp.down_proj" in table
+    assert "128x200" in table
+
+    tokens = torch.randint(0, 320, (1, 9))
+    dense = AutoModelForCausalLM.from_pretrained(pruned_dir, dtype="auto")
+    sparse = AutoModelForCausalLM.from_pretrained(compressed_dir, dtype="auto")
+    expected = dense(tokens).logits.float()
+    assert (sparse(tokens).logits.float() - expected).norm() < 1e-2 * expected.norm()
+
+    succeed("decompress", compressed_dir, "-o", tmp_path / "dense")
+    restored, original = (
+        load_file(tmp_path / "dense" / "model.safetensors"),
+        load_file(pruned_dir / "model.safetensors"),
+    )
+    assert restored.keys() == original.keys()
+    for name, tensor in original.items():
+        assert torch.equal(restored[name], tensor), name
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "dense" / name).read_bytes() == (pruned_dir / name).read_bytes()
+
+
+def test_save_pretrained_writes_what_compress_wrote(compressed_dir: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(compressed_dir, dtype="auto").save_pretrained(tmp_path / "saved")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (compressed_dir, tmp_path / "saved"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    entries = [json.loads((folder / "config.json").read_text()) for folder in (compressed_dir, tmp_path / "saved")]
+    assert entries[0]["quantization_config"] == entries[1]["quantization_config"]
+
+
+def test_compress_in_memory_equals_compress_on_disk(pruned_dir: Path, compressed_dir: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned_dir, dtype="auto")
+    spinfer.compress_model(model)
+    model.save_pretrained(tmp_path / "memory")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (compressed_dir, tmp_path / "memory"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_patterns(pruned_dir: Path, tmp_path: Path) -> None:
+    report = as_json(
+        "compress", pruned_dir, "-o", tmp_path / "out", "--include", "*.mlp.*", "--ignore", "re:.*down_proj", "--json"
+    )
+    assert {layer["name"].rsplit(".", 1)[1] for layer in report["layers"]} == {"up_proj", "gate_proj"}
+    reasons = {layer["name"]: layer["reason"] for layer in report["dense"]}
+    assert "re:.*down_proj" in reasons["model.layers.0.mlp.down_proj"]
+    assert "include" in reasons["model.layers.0.self_attn.q_proj"]
+
+
+def test_generate_streams_text_and_reports_speed(compressed_dir: Path) -> None:
+    arguments = ("generate", compressed_dir, "--prompt", "abc", "--max-tokens", "5", "--device", "cpu")
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "tokens/s" in done.stderr
+    assert "peak memory" in done.stderr
+    result = as_json(*arguments, "--json")
+    assert result["text"] == done.stdout.rstrip("\n")
+    assert result["prompt_tokens"] == 3
+    assert result["new_tokens"] == 5
+    assert result["generation_tokens_per_s"] > 0
+    assert result["peak_memory_nbytes"] > 1e6
+
+
+def test_eval_compares_with_the_dense_model(pruned_dir: Path, compressed_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 6, encoding="utf-8")
+    arguments = ("eval", compressed_dir, "--text", text, "--context", "64", "--device", "cpu")
+    sparse, dense = as_json(*arguments, "--compare", pruned_dir, "--json")
+    assert sparse["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
+    assert sparse["tokens"] == dense["tokens"] > 200
+    assert f"{sparse['perplexity']:.4f}" in succeed(*arguments)
+
+
+def test_bench_compares_in_one_process(pruned_dir: Path, compressed_dir: Path) -> None:
+    arguments = ("bench", compressed_dir, "-p", "8", "-n", "3", "-b", "2", "-r", "2", "--device", "cpu")
+    result = as_json(*arguments, "-o", "json", "--compare", pruned_dir)
+    assert [r["model"] for r in result["results"]] == [str(compressed_dir), str(pruned_dir)]
+    assert all(r["decode_tokens_per_s"] > 0 and r["prefill_tokens_per_s"] > 0 for r in result["results"])
+    assert result["results"][0]["memory_nbytes"] < result["results"][1]["memory_nbytes"]
+    assert result["batch"] == 2
+    assert "decode tokens/s" in succeed(*arguments)
+
+
+def test_every_verb_has_help() -> None:
+    for verb in ("compress", "decompress", "inspect", "generate", "eval", "bench"):
+        assert "MODEL" in succeed(verb, "--help")
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spinfer", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["compress", "{}", "-o", "{}-out"],
+        ["decompress", "{}", "-o", "{}-out"],
+        ["inspect", "{}"],
+        ["generate", "{}", "--prompt", "a"],
+        ["eval", "{}", "--text", "pyproject.toml"],
+        ["bench", "{}"],
+    ],
+)
+def test_not_a_model_directory(verb: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert str(folder) in error_of(*(part.format(folder) for part in verb))
+    assert not (tmp_path / "empty-out").exists()
+
+
+def test_output_that_exists_is_kept(pruned_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "notes.txt").write_text("keep")
+    assert str(output) in error_of("compress", pruned_dir, "-o", output)
+    assert (output / "notes.txt").read_text() == "keep"
+
+
+def test_truncated_weights_are_named(compressed_dir: Path) -> None:
+    file = compressed_dir / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for verb in (["inspect"], ["generate", "--prompt", "a"]):
+        assert "compressed" in error_of(verb[0], compressed_dir, *verb[1:])
+
+
+def test_inconsistent_parts_are_named(compressed_dir: Path) -> None:
+    file = compressed_dir / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight_bitmap"][3] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "model.layers.0.mlp.up_proj" in error_of("generate", compressed_dir, "--prompt", "a", "--device", "cpu")
+
+
+def test_text_that_is_not_text(compressed_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    assert "UTF-8" in error_of("eval", compressed_dir, "--text", tmp_path / "binary")
+    assert "nowhere.txt" in error_of("eval", compressed_dir, "--text", tmp_path / "nowhere.txt")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(compressed_dir: Path) -> None:
+    assert "--device cpu" in error_of("generate", compressed_dir, "--prompt", "a", "--device", "cuda")
