@@ -76,7 +76,8 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_linear(cls, dense: nn.Linear) -> SparseLinear:
         """Encode a dense layer's weight; its bias is shared. The module comes packed for its device."""
-        return cls.from_weight(encode(dense.weight), dense.bias).pack_()
+        module = cls.from_weight(encode(dense.weight), dense.bias).pack_()
+        return module.train(dense.training)
 
     @property
     def storage(self) -> TcaBmeTensor:
@@ -144,6 +145,21 @@ class SparseLinear(nn.Module):
         if was_packed and self.weight.device.type != "meta":
             self.pack_()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle may be opened on another machine, whose kernels read another layout: it carries the on-disk arrays.
+        state = self.__dict__ | {"_repack": self.is_packed}
+        if self.is_packed:
+            bare = SparseLinear.from_weight(self.storage)
+            state |= {"_packed": None, "_buffers": bare._buffers}
+            state["_parameters"] = self._parameters | {"weight": bare.weight}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        repack = state.pop("_repack", False)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if repack and self.weight.device.type != "meta":
+            self.pack_()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

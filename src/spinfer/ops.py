@@ -21,7 +21,7 @@ _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _library = torch.library.Library("spinfer", "DEF")
 _SCHEMA = "Tensor[] parts, str layout, int[] shape, int nnz, ScalarType dtype"
-# No default for bias: traced graphs drop defaulted arguments, and then the gradients no longer match the inputs.
+# No default for bias: the dispatcher drops trailing defaults, and then the gradient's structure does not match.
 _library.define(f"linear(Tensor x, {_SCHEMA}, Tensor? bias) -> Tensor")
 _library.define(f"linear_input_gradient(Tensor grad, {_SCHEMA}) -> Tensor")
 
@@ -66,11 +66,11 @@ def _linear_input_gradient_fake(grad: Tensor, parts: Any, layout: Any, shape: Se
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, parts, layout, shape, nnz, dtype, bias = inputs
+    _, parts, layout, shape, nnz, dtype, *bias = inputs
     ctx.save_for_backward(*parts)
     ctx.weight = (layout, shape, nnz, dtype)
-    ctx.has_bias = bias is not None
-    ctx.parts_len = len(parts)
+    ctx.has_bias = bool(bias) and bias[0] is not None
+    ctx.no_parts = [None] * len(parts)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -79,7 +79,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = torch.ops.spinfer.linear_input_gradient(grad, ctx.saved_tensors, *ctx.weight)
     if ctx.has_bias and ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, [None] * ctx.parts_len, None, None, None, None, grad_bias
+    return grad_x, ctx.no_parts, None, None, None, None, grad_bias
+
+
+def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_grad = torch.ops.spinfer.linear(grad, ctx.saved_tensors, *ctx.weight, None)
+    return grad_grad, ctx.no_parts, None, None, None, None
 
 
 for _name, _impl, _fake in (
@@ -89,7 +94,8 @@ for _name, _impl, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _impl, _key)
     torch.library.register_fake(f"spinfer::{_name}", _fake, lib=_library)
-torch.library.register_autograd("spinfer::linear", _backward, setup_context=_setup_context, lib=_library)
+for _name, _gradient in (("linear", _backward), ("linear_input_gradient", _input_gradient_backward)):
+    torch.library.register_autograd(f"spinfer::{_name}", _gradient, setup_context=_setup_context, lib=_library)
 
 
 def linear(x: Tensor, weight: TcaBmeTensor | PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -41,6 +41,8 @@ class TcaBmeTensor:
     nnz: int
 
     def __post_init__(self) -> None:
+        if len(self.shape) != 2:
+            raise FormatError(f"shape {tuple(self.shape)}; expected (out_features, in_features)")
         geometry = self.geometry
         dtype_name(self.values.dtype)
         for name, part, dtype, length in (
@@ -56,6 +58,8 @@ class TcaBmeTensor:
             raise FormatError(f"values have shape {shape}; expected 1-D, a multiple of {OFFSET_UNIT} long")
         if not 0 <= self.nnz <= self.values.numel() <= max_values_len(geometry):
             raise FormatError(f"{self.values.numel()} values and nnz {self.nnz} do not fit a {self.shape} matrix")
+        if not all(part.is_contiguous() for part in (self.values, self.bitmap, self.offsets)):
+            raise FormatError("values, bitmap and offsets must be contiguous; call .contiguous() on each")
         if not (self.values.device == self.bitmap.device == self.offsets.device):
             raise FormatError("values, bitmap and offsets are on different devices")
 
@@ -153,8 +157,10 @@ def encode(weight: Tensor) -> TcaBmeTensor:
         weight: (out_features, in_features), fp16, bf16 or fp32, on CPU or CUDA, any strides.
 
     Raises:
-        FormatError: not 2-D, an empty side, another dtype, or a tensor without data (meta).
+        FormatError: not 2-D, an empty side, another dtype, a tensor without data (meta), or a torch sparse layout.
     """
+    if weight.layout != torch.strided:
+        raise FormatError(f"expected a dense tensor, got {weight.layout}; call .to_dense() first")
     if weight.dim() != 2:
         raise FormatError(f"expected a 2-D weight (out_features, in_features), got shape {tuple(weight.shape)}")
     if weight.is_meta:

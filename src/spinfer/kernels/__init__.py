@@ -26,7 +26,12 @@ def backend_of(layout: str) -> Backend:
 
 
 def pack(weight: TcaBmeTensor) -> PackedWeight:
-    """The weight in the layout of the fastest backend that accepts it where it is."""
+    """The weight in the layout of the fastest backend that accepts it where it is.
+
+    Raises:
+        FormatError: the weight's parts disagree. Kernels trust them, so everything they read has passed here.
+    """
+    weight.validate()
     return next(backend for backend in BACKENDS if backend.accepts(weight)).pack(weight)
 
 

@@ -38,17 +38,21 @@ class TilewiseBackend:
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """See `Backend.linear`."""
         y = x.new_empty(x.shape[0], packed.shape[0])
+        # Of two types the wider: a bf16 or fp32 weight may lie outside the range of an fp16 x.
+        dtype = torch.promote_types(x.dtype, packed.dtype)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         for start, panel in _panels(x, packed):
             rows = slice(start, start + panel.shape[0])
             part = None if bias is None else bias[rows]
-            y[:, rows] = torch.nn.functional.linear(x, panel.to(x.dtype), part)
+            y[:, rows] = torch.nn.functional.linear(x, panel.to(dtype), part)
         return y
 
     def input_gradient(self, grad: Tensor, packed: PackedWeight) -> Tensor:
         """Compute grad W, (tokens, in_features), for grad (tokens, out_features); summed in fp32 over panels."""
         total = torch.zeros(grad.shape[0], packed.shape[1], dtype=torch.float32, device=grad.device)
+        dtype = torch.promote_types(grad.dtype, packed.dtype)
         for start, panel in _panels(grad, packed):
-            total += grad[:, start : start + panel.shape[0]] @ panel.to(grad.dtype)
+            total += grad[:, start : start + panel.shape[0]].to(dtype) @ panel.to(dtype)
         return total.to(grad.dtype)
 
 
