@@ -51,9 +51,8 @@ class BitmaskSource:
     def _dense_info(self, prefix: str, name: str) -> TensorInfo:
         for part in PARTS:
             if f"{prefix}.{part}" not in self._stored.tensors:
-                raise CheckpointError(
-                    f"{FORMAT_NAME} tensor {name!r} lacks its part {prefix}.{part}; download it again"
-                )
+                bitmask = self._stored.tensors[f"{prefix}.bitmask"]
+                raise CheckpointError(f"{bitmask} lacks the part {prefix}.{part} beside it; download the model again")
         shape, compressed, bitmask, row_offsets = (self._stored.tensors[f"{prefix}.{part}"] for part in PARTS)
         dtypes = (shape.dtype, bitmask.dtype, row_offsets.dtype)
         if dtypes != ("I64", "U8", "I64") or shape.shape not in ((1,), (2,)) or DTYPE_BITS[compressed.dtype] % 8:

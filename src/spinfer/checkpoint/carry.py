@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spinfer.checkpoint.output import writing
 from spinfer.checkpoint.source import CONFIG_NAME
+from spinfer.errors import CheckpointError
 
 CARD_NAME = "README.md"
 ORIGINAL_CARD_NAME = "README.original.md"
@@ -40,6 +41,7 @@ def carry_over(source: Path, target: Path, renamed: dict[str, str]) -> None:
         renamed: new names of files at the top; an empty one leaves the file out.
 
     Raises:
+        CheckpointError: a file cannot be read.
         OutputError: a copy cannot be written.
     """
     for root, directories, files in os.walk(source):
@@ -50,7 +52,15 @@ def carry_over(source: Path, target: Path, renamed: dict[str, str]) -> None:
             relative = renamed.get(relative, relative)
             if not relative or relative == CONFIG_NAME or relative.endswith(_WEIGHT_SUFFIXES) or not path.is_file():
                 continue
-            copy = target / relative
-            with writing(copy):
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+            _copy(path, target / relative)
+
+
+def _copy(path: Path, copy: Path) -> None:
+    try:
+        original = path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with original, writing(copy):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with copy.open("wb") as file:
+            shutil.copyfileobj(original, file)

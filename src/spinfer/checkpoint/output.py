@@ -49,15 +49,16 @@ def new_directory(output: Path) -> Iterator[Path]:
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
     lock = _claim(partial, output)
+    written = partial
     try:
         yield partial
         with writing(partial):
             _flush(partial)
             refuse_existing(output)
-            partial.rename(output)
+            written = partial.rename(output)
             _flush_one(output.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
         raise
     finally:
         os.close(lock)
