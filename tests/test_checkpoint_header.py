@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spinfer.checkpoint.header import DTYPE_BITS, MAX_HEADER_NBYTES, TORCH_DTYPES, read_header
+from spinfer.checkpoint.header import DTYPE_BITS, TORCH_DTYPES, read_header
+from spinfer.checkpoint.json_object import MAX_JSON_NBYTES
 from spinfer.errors import CheckpointError
 
 
@@ -92,8 +93,8 @@ def test_refuses(case: str, tmp_path: Path) -> None:
 def test_refuses_a_header_over_the_limit_without_reading_it(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
-        file.write((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"))
-        file.truncate(MAX_HEADER_NBYTES + 100)  # sparse: takes no disk
+        file.write((MAX_JSON_NBYTES + 1).to_bytes(8, "little"))
+        file.truncate(MAX_JSON_NBYTES + 100)  # sparse: takes no disk
     with pytest.raises(CheckpointError, match="over the limit"):
         read_header(path)
 

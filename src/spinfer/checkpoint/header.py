@@ -7,7 +7,6 @@ all that the library refuses. Source: https://github.com/huggingface/safetensors
 from __future__ import annotations
 
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,8 @@ from typing import Any
 
 import torch
 
-from spinfer.checkpoint.json_object import parse_json_object
+from spinfer.checkpoint.json_object import MAX_JSON_NBYTES, file_nbytes, parse_json_object
 from spinfer.errors import CheckpointError
-
-MAX_HEADER_NBYTES = 100_000_000
-"""The safetensors library refuses larger headers."""
 
 METADATA = "__metadata__"
 
@@ -83,21 +79,6 @@ class TensorInfo:
         return f"{self.file}: tensor {self.name!r}"
 
 
-def file_nbytes(path: Path) -> int:
-    """Size of a regular file (symbolic links are followed).
-
-    Raises:
-        CheckpointError: missing, or not a regular file.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; download the file again") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
-    return status.st_size
-
-
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """List a safetensors file in the order of its data.
 
@@ -111,8 +92,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path} is truncated inside its header; download the file again")
-            if length > MAX_HEADER_NBYTES:
-                raise CheckpointError(f"{path}: a header of {length} bytes is over the limit of {MAX_HEADER_NBYTES}")
+            if length > MAX_JSON_NBYTES:
+                raise CheckpointError(f"{path}: a header of {length} bytes is over the limit of {MAX_JSON_NBYTES}")
             header = parse_json_object(file.read(length), f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from spinfer.errors import CheckpointError
+
+MAX_JSON_NBYTES = 100_000_000
+"""The safetensors library refuses larger headers; config.json and indexes are held to the same."""
+
+
+def file_nbytes(path: Path) -> int:
+    """Size of a regular file (symbolic links are followed).
+
+    Raises:
+        CheckpointError: missing, or not a regular file (reading from a pipe would wait for ever).
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; download the file again") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    return status.st_size
 
 
 def parse_json_object(data: bytes, origin: str) -> dict[str, Any]:
@@ -27,6 +46,8 @@ def parse_json_object(data: bytes, origin: str) -> dict[str, Any]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file; see `parse_json_object`."""
+    if file_nbytes(path) > MAX_JSON_NBYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_NBYTES} bytes; download the file again")
     try:
         data = path.read_bytes()
     except OSError as error:

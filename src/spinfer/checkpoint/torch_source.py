@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spinfer.checkpoint.header import TORCH_DTYPES, TensorInfo, file_nbytes
+from spinfer.checkpoint.header import TORCH_DTYPES, TensorInfo
 from spinfer.checkpoint.index import indexed_files
+from spinfer.checkpoint.json_object import file_nbytes
 from spinfer.checkpoint.source import pieces_of
 from spinfer.errors import CheckpointError
 
