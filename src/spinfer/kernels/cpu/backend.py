@@ -58,6 +58,7 @@ class CpuBackend:
         masks = torch.empty(panels * -(-in_features // 2) * 2, dtype=torch.int32)
         packed = torch.empty(weight.nnz + _TAIL_NBYTES // weight.dtype.itemsize, dtype=weight.dtype)
         result = library.native.spinfer_cpu_pack(
+            self._kernel[1],
             values.data_ptr(),
             bitmap.data_ptr(),
             offsets.data_ptr(),
@@ -88,7 +89,9 @@ class CpuBackend:
         )
         library.check(plan, "this weight cannot be unpacked")
         values = torch.empty(int(offsets[-1]) * OFFSET_UNIT, dtype=packed.dtype)
-        result = library.native.spinfer_cpu_unpack(*_pointers(packed), offsets.data_ptr(), values.data_ptr(), threads)
+        result = library.native.spinfer_cpu_unpack(
+            *_pointers(packed), bitmap.data_ptr(), offsets.data_ptr(), values.data_ptr(), threads
+        )
         library.check(result, "this weight cannot be unpacked")
         return TcaBmeTensor(values, bitmap, offsets, packed.shape, packed.nnz)
 

@@ -20,6 +20,14 @@ constexpr const Tier* kTiers[] = {
 };
 constexpr int kTierCount = int(sizeof(kTiers) / sizeof(kTiers[0]));
 
+}  // namespace
+
+const Tier* usable_tier(int index) {
+  return index >= 0 && index < kTierCount && kTiers[index]->supported() ? kTiers[index] : nullptr;
+}
+
+namespace {
+
 // Bytes of values and masks that a thread takes at a time: long runs keep the hardware's prefetch going.
 constexpr int64_t kRunBytes = 300 << 10;
 
@@ -136,7 +144,7 @@ int spinfer_cpu_tiers(void) { return kTierCount; }
 
 const char* spinfer_cpu_tier_name(int tier) { return tier >= 0 && tier < kTierCount ? kTiers[tier]->name : nullptr; }
 
-int spinfer_cpu_tier_supported(int tier) { return tier >= 0 && tier < kTierCount && kTiers[tier]->supported(); }
+int spinfer_cpu_tier_supported(int tier) { return usable_tier(tier) != nullptr; }
 
 int spinfer_cpu_tier_best(void) {
   int tier = 0;
@@ -155,9 +163,10 @@ void spinfer_cpu_set_pool(spinfer_pool_t pool) { g_pool.store(pool); }
 int spinfer_cpu_linear(int tier, const void* values, const uint32_t* masks, const int64_t* offsets, int64_t out_features,
                        int64_t in_features, int type, const void* x, int64_t x_stride, int64_t tokens, int x_type,
                        const void* bias, void* y, int threads) {
-  if (!spinfer_cpu_tier_supported(tier) || out_features < 1 || in_features < 1 || tokens < 1) return SPINFER_BAD_ARGUMENT;
+  const Tier* usable = usable_tier(tier);
+  if (!usable || out_features < 1 || in_features < 1 || tokens < 1) return SPINFER_BAD_ARGUMENT;
   const Weight weight{values, masks, offsets, out_features, in_features, type};
-  return linear(*kTiers[tier], Pass{weight, x, x_stride, tokens, x_type, bias, y, nullptr}, tokens, threads);
+  return linear(*usable, Pass{weight, x, x_stride, tokens, x_type, bias, y, nullptr}, tokens, threads);
 }
 
 uint64_t spinfer_cpu_read(const void* bytes, int64_t nbytes, int threads) {

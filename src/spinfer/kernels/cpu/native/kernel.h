@@ -44,6 +44,11 @@ struct Pass {
   void* work_x;  // [block][token][kRowX], fp32, or bf16 where the tier says so
 };
 
+// Pack one panel's part of a GroupTile: its 32 words and their values, `pairs` column pairs of which lie in the matrix.
+// Advances `to`; returns where the next values start.
+using PackPanel16 = const uint16_t* (*)(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
+                                        uint16_t*& to, uint32_t* masks);
+
 struct Tier {
   const char* name;
   bool (*supported)();
@@ -53,16 +58,24 @@ struct Tier {
   void (*prepare)(const Pass& pass, int64_t first, int64_t last);
   // Compute the panels [first, last), at most `kRunPanels` of them; `totals` holds (last - first) * tokens * 32 floats.
   void (*run)(const Pass& pass, int64_t first, int64_t last, float* totals);
+  // For 16-bit values, where the tier has something faster than the portable way.
+  PackPanel16 pack_panel16;
 };
 
 // Panels of one run(): with many tokens, a block of x is read from L2 once for all of them.
 constexpr int64_t kRunPanels = 8;
+
+// The tier of that index, if it exists and this CPU has its instructions; else null.
+const Tier* usable_tier(int index);
 
 extern const Tier kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Tier kAvx2;
 extern const Tier kAvx512;
 extern const Tier kAvx512Bf16;
+
+const uint16_t* pack_panel_avx512(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
+                                  uint16_t*& to, uint32_t* masks);
 #endif
 
 }  // namespace spinfer

@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kTile = 64;         // rows and columns of a GroupTile
 constexpr int64_t kTileWords = 64;    // BitmapTiles in it
 constexpr int64_t kTilePairs = 32;    // column pairs in it
-constexpr int64_t kQuarters = 4;      // 16-row strips in it: two panels of two halves
 constexpr int64_t kOffsetUnit = 8;
 
 struct Grid {
@@ -28,6 +27,11 @@ struct Grid {
   int64_t tiles() const { return rows() * cols(); }
   int64_t pairs() const { return (in_features + 1) / 2; }
   int64_t panels() const { return (out_features + kPanelRows - 1) / kPanelRows; }
+  int64_t panels_of(int64_t group_row) const { return panels() - 2 * group_row < 2 ? 1 : 2; }
+  int64_t pairs_of(int64_t tile_col) const {
+    const int64_t rest = pairs() - tile_col * kTilePairs;
+    return rest < kTilePairs ? rest : kTilePairs;
+  }
   bool sane() const {
     constexpr int64_t kMost = int64_t(1) << 40;
     return out_features > 0 && in_features > 0 && out_features < kMost && in_features < kMost &&
@@ -70,7 +74,7 @@ struct Interleaved {  // bit 2 * row + parity
     upper = mask & 0xffff;
     lower = mask >> 16;
   }
-  static int bit(int row, int parity) { return 2 * row + parity; }
+  static constexpr int bit(int row, int parity) { return 2 * row + parity; }
 };
 
 struct ByColumn {  // bit 16 * parity + row
@@ -95,19 +99,30 @@ struct ByColumn {  // bit 16 * parity + row
     upper = (mask & 0xff) | (mask >> 16 & 0xff) << 8;
     lower = (mask >> 8 & 0xff) | (mask >> 24) << 8;
   }
-  static int bit(int row, int parity) { return 16 * parity + row; }
+  static constexpr int bit(int row, int parity) { return 16 * parity + row; }
 };
 
-// Dense GroupTile: [pair][quarter][bit of the mask].
+// A panel's part of a GroupTile, dense: [pair][half][bit of the mask].
 template <class Order>
-inline int64_t cell(int row, int col) {
-  return (col >> 1) * kQuarters * 32 + (row >> 4) * 32 + Order::bit(row & 15, col & 1);
+constexpr int64_t cell(int row, int col) {
+  return (col >> 1) * 64 + (row >> 4) * 32 + Order::bit(row & 15, col & 1);
 }
 
+// cell(row + r, col + c) = cell(row, col) + cells[8 * r + c] for a BitmapTile at (row, col).
 template <class Order>
-uint32_t mask_of(const uint64_t* words, int pair, int quarter) {
+struct Cells {
+  int16_t at[64];
+  constexpr Cells() : at() {
+    for (int bit = 0; bit < 64; ++bit) at[bit] = int16_t(cell<Order>(bit >> 3, bit & 7));
+  }
+};
+template <class Order>
+constexpr Cells<Order> kCells{};
+
+template <class Order>
+uint32_t mask_of(const uint64_t* words, int pair, int half) {
   const int col = 2 * pair;
-  const uint64_t* pair_of_tiles = words + word_at(quarter * 16, col);  // the lower tile's word follows
+  const uint64_t* pair_of_tiles = words + word_at(half * 16, col);  // the lower tile's word follows
   return Order::join(Order::gather(pair_of_tiles[0], pair & 3), Order::gather(pair_of_tiles[1], pair & 3));
 }
 
@@ -123,41 +138,52 @@ void advise_huge(void* begin, size_t nbytes) {
 #endif
 }
 
+// One panel's part of a GroupTile: scatter its 32 words' values, gather them by its masks.
 template <class Order, class Value>
-bool pack_rows(const Value* values_in, const uint64_t* bitmap, const int32_t* offsets_in, const Grid& grid,
+const Value* pack_panel(const Value* from, const uint64_t* words, int64_t pairs, Value*& to, uint32_t* masks) {
+  Value dense[kTile * kPanelRows];
+  for (int w = 0; w < 32; ++w) {
+    const Place place = place_of(w);
+    Value* cells = dense + cell<Order>(place.row, place.col);
+    for (uint64_t word = words[w]; word; word &= word - 1) cells[kCells<Order>.at[__builtin_ctzll(word)]] = *from++;
+  }
+  Value* next = to;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    for (int half = 0; half < 2; ++half) {
+      const Value* cells = dense + (pair * 2 + half) * 32;
+      const uint32_t mask = mask_of<Order>(words, int(pair), half);
+      masks[2 * pair + half] = mask;
+      for (uint32_t rest = mask; rest; rest &= rest - 1) *next++ = cells[__builtin_ctz(rest)];
+    }
+  }
+  to = next;
+  return from;
+}
+
+template <class Order, class Value>
+bool pack_rows(PackPanel16 pack_panel16, const Value* values_in, const uint64_t* bitmap, const int32_t* offsets_in, const Grid& grid,
                const int64_t* offsets, Value* values, uint32_t* masks, int64_t group_row) {
-  Value dense[kTile * kTile];
   bool zero_padding = true;
-  const int64_t panels = grid.panels() - 2 * group_row < 2 ? 1 : 2;
+  const int64_t panels = grid.panels_of(group_row);
   Value* next[2];
   for (int64_t p = 0; p < panels; ++p) next[p] = values + offsets[2 * group_row + p];
   for (int64_t tile_col = 0; tile_col < grid.cols(); ++tile_col) {
     const int64_t tile = group_row * grid.cols() + tile_col;
     const uint64_t* words = bitmap + tile * kTileWords;
     const Value* from = values_in + int64_t(offsets_in[tile]) * kOffsetUnit;
-    for (int w = 0; w < kTileWords; ++w) {
-      const Place place = place_of(w);
-      for (uint64_t word = words[w]; word; word &= word - 1) {
-        const int bit = __builtin_ctzll(word);
-        dense[cell<Order>(place.row + (bit >> 3), place.col + (bit & 7))] = *from++;
+    const int64_t pairs = grid.pairs_of(tile_col);
+    for (int64_t p = 0; p < panels; ++p) {
+      uint32_t* to_masks = masks + ((2 * group_row + p) * grid.pairs() + tile_col * kTilePairs) * 2;
+      if constexpr (sizeof(Value) == 2) {
+        if (pack_panel16) {
+          from = pack_panel16(from, words + 32 * p, pairs, Order::bit(1, 0) == 2, next[p], to_masks);
+          continue;
+        }
       }
+      from = pack_panel<Order>(from, words + 32 * p, pairs, next[p], to_masks);
     }
     for (const Value* end = values_in + int64_t(offsets_in[tile + 1]) * kOffsetUnit; from < end; ++from) {
       zero_padding &= *from == 0;
-    }
-    const int64_t pair0 = tile_col * kTilePairs;
-    const int64_t pairs = grid.pairs() - pair0 < kTilePairs ? grid.pairs() - pair0 : kTilePairs;
-    for (int64_t p = 0; p < panels; ++p) {
-      uint32_t* to_masks = masks + ((2 * group_row + p) * grid.pairs() + pair0) * 2;
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        for (int half = 0; half < 2; ++half) {
-          const int quarter = int(2 * p) + half;
-          const Value* cells = dense + (pair * kQuarters + quarter) * 32;
-          const uint32_t mask = mask_of<Order>(words, int(pair), quarter);
-          to_masks[2 * pair + half] = mask;
-          for (uint32_t rest = mask; rest; rest &= rest - 1) *next[p]++ = cells[__builtin_ctz(rest)];
-        }
-      }
     }
   }
   return zero_padding;
@@ -165,14 +191,13 @@ bool pack_rows(const Value* values_in, const uint64_t* bitmap, const int32_t* of
 
 template <class Order>
 void bitmap_rows(const uint32_t* masks, const Grid& grid, uint64_t* bitmap, int64_t group_row) {
-  const int64_t panels = grid.panels() - 2 * group_row < 2 ? 1 : 2;
+  const int64_t panels = grid.panels_of(group_row);
   for (int64_t tile_col = 0; tile_col < grid.cols(); ++tile_col) {
     uint64_t* words = bitmap + (group_row * grid.cols() + tile_col) * kTileWords;
     memset(words, 0, kTileWords * sizeof(uint64_t));
-    const int64_t pair0 = tile_col * kTilePairs;
-    const int64_t pairs = grid.pairs() - pair0 < kTilePairs ? grid.pairs() - pair0 : kTilePairs;
+    const int64_t pairs = grid.pairs_of(tile_col);
     for (int64_t p = 0; p < panels; ++p) {
-      const uint32_t* from = masks + ((2 * group_row + p) * grid.pairs() + pair0) * 2;
+      const uint32_t* from = masks + ((2 * group_row + p) * grid.pairs() + tile_col * kTilePairs) * 2;
       for (int64_t pair = 0; pair < pairs; ++pair) {
         for (int half = 0; half < 2; ++half) {
           uint32_t upper, lower;
@@ -188,38 +213,27 @@ void bitmap_rows(const uint32_t* masks, const Grid& grid, uint64_t* bitmap, int6
 
 template <class Order, class Value>
 void unpack_rows(const Value* values, const uint32_t* masks, const int64_t* offsets, const Grid& grid,
-                 const int32_t* offsets_out, Value* values_out, int64_t group_row) {
-  Value dense[kTile * kTile];
-  const int64_t panels = grid.panels() - 2 * group_row < 2 ? 1 : 2;
+                 const uint64_t* bitmap, const int32_t* offsets_out, Value* values_out, int64_t group_row) {
+  Value dense[kTile * kPanelRows];
+  const int64_t panels = grid.panels_of(group_row);
   const Value* next[2];
   for (int64_t p = 0; p < panels; ++p) next[p] = values + offsets[2 * group_row + p];
   for (int64_t tile_col = 0; tile_col < grid.cols(); ++tile_col) {
     const int64_t tile = group_row * grid.cols() + tile_col;
-    const int64_t pair0 = tile_col * kTilePairs;
-    const int64_t pairs = grid.pairs() - pair0 < kTilePairs ? grid.pairs() - pair0 : kTilePairs;
-    uint64_t words[kTileWords] = {};
-    for (int64_t p = 0; p < panels; ++p) {
-      const uint32_t* from_masks = masks + ((2 * group_row + p) * grid.pairs() + pair0) * 2;
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        for (int half = 0; half < 2; ++half) {
-          const int quarter = int(2 * p) + half;
-          Value* cells = dense + (pair * kQuarters + quarter) * 32;
-          const uint32_t mask = from_masks[2 * pair + half];
-          for (uint32_t rest = mask; rest; rest &= rest - 1) cells[__builtin_ctz(rest)] = *next[p]++;
-          uint32_t upper, lower;
-          Order::split(mask, upper, lower);
-          uint64_t* pair_of_tiles = words + word_at(quarter * 16, int(2 * pair));
-          pair_of_tiles[0] |= Order::spread(upper, int(pair & 3));
-          pair_of_tiles[1] |= Order::spread(lower, int(pair & 3));
-        }
-      }
-    }
     Value* to = values_out + int64_t(offsets_out[tile]) * kOffsetUnit;
-    for (int w = 0; w < kTileWords; ++w) {
-      const Place place = place_of(w);
-      for (uint64_t word = words[w]; word; word &= word - 1) {
-        const int bit = __builtin_ctzll(word);
-        *to++ = dense[cell<Order>(place.row + (bit >> 3), place.col + (bit & 7))];
+    for (int64_t p = 0; p < panels; ++p) {
+      const uint32_t* from_masks = masks + ((2 * group_row + p) * grid.pairs() + tile_col * kTilePairs) * 2;
+      const Value* from = next[p];
+      for (int64_t i = 0; i < 2 * grid.pairs_of(tile_col); ++i) {
+        Value* cells = dense + i * 32;
+        for (uint32_t mask = from_masks[i]; mask; mask &= mask - 1) cells[__builtin_ctz(mask)] = *from++;
+      }
+      next[p] = from;
+      const uint64_t* words = bitmap + tile * kTileWords + 32 * p;
+      for (int w = 0; w < 32; ++w) {
+        const Place place = place_of(w);
+        const Value* cells = dense + cell<Order>(place.row, place.col);
+        for (uint64_t word = words[w]; word; word &= word - 1) *to++ = cells[kCells<Order>.at[__builtin_ctzll(word)]];
       }
     }
     for (Value* end = values_out + int64_t(offsets_out[tile + 1]) * kOffsetUnit; to < end; ++to) *to = 0;
@@ -321,10 +335,11 @@ int spinfer_cpu_pack_plan(const uint64_t* bitmap, const int32_t* offsets_in, int
   return offsets[grid.panels()] == nnz ? 0 : SPINFER_BAD_NNZ;
 }
 
-int spinfer_cpu_pack(const void* values_in, const uint64_t* bitmap, const int32_t* offsets_in, int64_t out_features,
+int spinfer_cpu_pack(int tier, const void* values_in, const uint64_t* bitmap, const int32_t* offsets_in, int64_t out_features,
                      int64_t in_features, int type, const int64_t* offsets, void* values, uint32_t* masks, int threads) {
   const Grid grid{out_features, in_features};
-  if (!grid.sane() || !known(type)) return SPINFER_BAD_ARGUMENT;
+  const Tier* usable = usable_tier(tier);
+  if (!usable || !grid.sane() || !known(type)) return SPINFER_BAD_ARGUMENT;
   const size_t size = type == SPINFER_F32 ? 4 : 2;
   const size_t used = size_t(offsets[grid.panels()]) * size;
   advise_huge(values, used + SPINFER_TAIL_BYTES);
@@ -335,7 +350,7 @@ int spinfer_cpu_pack(const void* values_in, const uint64_t* bitmap, const int32_
     using Order = decltype(order);
     using Value = decltype(value);
     parallel_for(threads, grid.rows(), 1, [&](int64_t row, int64_t) {
-      if (!pack_rows<Order>(static_cast<const Value*>(values_in), bitmap, offsets_in, grid, offsets,
+      if (!pack_rows<Order>(usable->pack_panel16, static_cast<const Value*>(values_in), bitmap, offsets_in, grid, offsets,
                             static_cast<Value*>(values), masks, row)) {
         result.store(SPINFER_BAD_PADDING, std::memory_order_relaxed);
       }
@@ -366,13 +381,14 @@ int spinfer_cpu_unpack_plan(const uint32_t* masks, int64_t out_features, int64_t
 }
 
 int spinfer_cpu_unpack(const void* values, const uint32_t* masks, const int64_t* offsets, int64_t out_features,
-                       int64_t in_features, int type, const int32_t* offsets_out, void* values_out, int threads) {
+                       int64_t in_features, int type, const uint64_t* bitmap, const int32_t* offsets_out,
+                       void* values_out, int threads) {
   const Grid grid{out_features, in_features};
   if (!grid.sane() || !known(type)) return SPINFER_BAD_ARGUMENT;
   by_type(type, [&](auto order, auto value) {
     using Value = decltype(value);
     parallel_for(threads, grid.rows(), 1, [&](int64_t row, int64_t) {
-      unpack_rows<decltype(order)>(static_cast<const Value*>(values), masks, offsets, grid, offsets_out,
+      unpack_rows<decltype(order)>(static_cast<const Value*>(values), masks, offsets, grid, bitmap, offsets_out,
                                    static_cast<Value*>(values_out), row);
     });
   });

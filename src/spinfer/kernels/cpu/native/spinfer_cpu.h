@@ -53,7 +53,7 @@ SPINFER_API void spinfer_cpu_set_pool(spinfer_pool_t pool);
 // `offsets_in` and `values_in` is within the lengths that the shape and `values_len` imply, whatever they hold.
 SPINFER_API int spinfer_cpu_pack_plan(const uint64_t* bitmap, const int32_t* offsets_in, int64_t values_len, int64_t nnz,
                                       int64_t out_features, int64_t in_features, int64_t* offsets, int threads);
-SPINFER_API int spinfer_cpu_pack(const void* values_in, const uint64_t* bitmap, const int32_t* offsets_in,
+SPINFER_API int spinfer_cpu_pack(int tier, const void* values_in, const uint64_t* bitmap, const int32_t* offsets_in,
                                  int64_t out_features, int64_t in_features, int type, const int64_t* offsets,
                                  void* values, uint32_t* masks, int threads);
 
@@ -61,8 +61,8 @@ SPINFER_API int spinfer_cpu_pack(const void* values_in, const uint64_t* bitmap, 
 SPINFER_API int spinfer_cpu_unpack_plan(const uint32_t* masks, int64_t out_features, int64_t in_features, int type,
                                         uint64_t* bitmap, int32_t* offsets_out, int threads);
 SPINFER_API int spinfer_cpu_unpack(const void* values, const uint32_t* masks, const int64_t* offsets,
-                                   int64_t out_features, int64_t in_features, int type, const int32_t* offsets_out,
-                                   void* values_out, int threads);
+                                   int64_t out_features, int64_t in_features, int type, const uint64_t* bitmap,
+                                   const int32_t* offsets_out, void* values_out, int threads);
 
 // Rows [32 * panel, 32 * (panel + panels)) as a dense, row-major matrix of in_features columns.
 SPINFER_API int spinfer_cpu_decode(const void* values, const uint32_t* masks, const int64_t* offsets,
