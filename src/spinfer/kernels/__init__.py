@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from spinfer.errors import SpinferError
 from spinfer.format import TcaBmeTensor
+from spinfer.kernels.cpu import CpuBackend
 from spinfer.kernels.packed import Backend, PackedWeight
 from spinfer.kernels.tilewise import TilewiseBackend
 
+CPU = CpuBackend()
 TILEWISE = TilewiseBackend()
 
-BACKENDS: tuple[Backend, ...] = (TILEWISE,)
+BACKENDS: tuple[Backend, ...] = (CPU, TILEWISE)
 """First match wins; the last accepts everything."""
 
 
@@ -40,4 +42,4 @@ def unpack(packed: PackedWeight) -> TcaBmeTensor:
     return backend_of(packed.layout).unpack(packed)
 
 
-__all__ = ["BACKENDS", "TILEWISE", "Backend", "PackedWeight", "backend_of", "pack", "unpack"]
+__all__ = ["BACKENDS", "CPU", "TILEWISE", "Backend", "PackedWeight", "backend_of", "pack", "unpack"]

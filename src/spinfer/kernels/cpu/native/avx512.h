@@ -1,0 +1,226 @@
+// The AVX-512 tiers. Values are expanded in registers (vpexpandw, vpexpandd) and multiplied at once: a lane is a row, so
+// there are no sums across lanes, and x is a broadcast. Compiled twice: with SPINFER_BF16_TIER set, bf16 values times bf16
+// activations run on vdpbf16ps.
+#pragma once
+#include <immintrin.h>
+
+#include "kernel.h"
+
+namespace spinfer {
+namespace {
+
+#include "convert.h"
+#include "panels.h"
+
+// Distance at which values are prefetched. The hardware's own prefetch stops at each 4 KiB page.
+constexpr int kPrefetch = 2048;
+
+// vpexpandw and vpexpandd depend on their destination even when they zero it (Zen 4); clearing it first costs nothing.
+inline __m512i expand16(__mmask32 mask, const void* from) {
+  __m512i out;
+  asm("vpxord %0, %0, %0\n\tvpexpandw %2, %0%{%1%}%{z%}" : "=&v"(out) : "Yk"(mask), "v"(_mm512_loadu_si512(from)));
+  return out;
+}
+
+inline __m512 expand32(__mmask16 mask, const void* from) {
+  __m512 out;
+  asm("vpxord %0, %0, %0\n\tvpexpandd %2, %0%{%1%}%{z%}" : "=&v"(out) : "Yk"(mask), "v"(_mm512_loadu_si512(from)));
+  return out;
+}
+
+// Read one mask's values: the 16 rows of the even column and of the odd one, fp32.
+inline void decode(const Bf16*& values, uint32_t mask, __m512& even, __m512& odd) {
+  const __m512i pair = expand16(mask, values);
+  values += _mm_popcnt_u32(mask);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+inline void decode(const F16*& values, uint32_t mask, __m512& even, __m512& odd) {
+  const __m512i both = expand16(mask, values);
+  values += _mm_popcnt_u32(mask);
+  even = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+  odd = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+}
+
+inline void decode(const F32*& values, uint32_t mask, __m512& even, __m512& odd) {
+  even = expand32(__mmask16(mask), values);
+  values += _mm_popcnt_u32(mask & 0xffff);
+  odd = expand32(__mmask16(mask >> 16), values);
+  values += _mm_popcnt_u32(mask >> 16);
+}
+
+inline void add_to(float* total, __m512 sum) { _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum)); }
+
+// `kTokens` tokens at once. With one or two, even and odd columns have sums of their own: one chain of FMAs would be
+// slower than the memory.
+template <class Value, int kTokens>
+const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, float* totals) {
+  constexpr int kChains = kTokens <= 2 ? 2 : 1;
+  __m512 first[kTokens][kChains], last[kTokens][kChains];
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+    for (int c = 0; c < kChains; ++c) first[t][c] = last[t][c] = _mm512_setzero_ps();
+  }
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    __m512 even0, odd0, even1, odd1;
+    _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+    if constexpr (sizeof(Value) == 4) {
+      _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch + 64, _MM_HINT_T0);
+    }
+    decode(values, masks[2 * pair], even0, odd0);
+    decode(values, masks[2 * pair + 1], even1, odd1);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512 x_even = _mm512_set1_ps(x[t * kRowX + 2 * pair]);
+      const __m512 x_odd = _mm512_set1_ps(x[t * kRowX + 2 * pair + 1]);
+      first[t][0] = _mm512_fmadd_ps(even0, x_even, first[t][0]);
+      last[t][0] = _mm512_fmadd_ps(even1, x_even, last[t][0]);
+      first[t][kChains - 1] = _mm512_fmadd_ps(odd0, x_odd, first[t][kChains - 1]);
+      last[t][kChains - 1] = _mm512_fmadd_ps(odd1, x_odd, last[t][kChains - 1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+    for (int c = 0; c < kChains; ++c) {
+      add_to(totals + t * 32, first[t][c]);
+      add_to(totals + t * 32 + 16, last[t][c]);
+    }
+  }
+  return values;
+}
+
+#ifdef SPINFER_BF16_TIER
+template <class Value, int kTokens>
+const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x, float* totals) {
+  __m512 first[kTokens], last[kTokens];
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+    const __m512i w0 = expand16(masks[2 * pair], values);
+    values += _mm_popcnt_u32(masks[2 * pair]);
+    const __m512i w1 = expand16(masks[2 * pair + 1], values);
+    values += _mm_popcnt_u32(masks[2 * pair + 1]);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      int32_t both;
+      __builtin_memcpy(&both, x + t * kRowX + 2 * pair, 4);
+      const __m512bh xs = (__m512bh)_mm512_set1_epi32(both);
+      first[t] = _mm512_dpbf16_ps(first[t], (__m512bh)w0, xs);
+      last[t] = _mm512_dpbf16_ps(last[t], (__m512bh)w1, xs);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+    add_to(totals + t * 32, first[t]);
+    add_to(totals + t * 32 + 16, last[t]);
+  }
+  return values;
+}
+#endif
+
+// 2 x 12 sums, 4 weights and 2 broadcasts fill the 32 registers.
+constexpr int kMaxTokens = 12;
+
+template <class Value, class X>
+using TokensBlock = const Value* (*)(const Value*, const uint32_t*, int64_t, const X*, float*);
+
+template <class Value, class X>
+const Value* all_tokens(const Value* values, const uint32_t* masks, int64_t pairs, const X* x, int64_t tokens,
+                        float* totals) {
+  static constexpr TokensBlock<Value, X> kBlocks[kMaxTokens] = {
+      tokens_block<Value, 1>, tokens_block<Value, 2>,  tokens_block<Value, 3>,  tokens_block<Value, 4>,
+      tokens_block<Value, 5>, tokens_block<Value, 6>,  tokens_block<Value, 7>,  tokens_block<Value, 8>,
+      tokens_block<Value, 9>, tokens_block<Value, 10>, tokens_block<Value, 11>, tokens_block<Value, 12>,
+  };
+  const Value* end = values;
+  int64_t parts = (tokens + kMaxTokens - 1) / kMaxTokens;  // of nearly the same size
+  for (int64_t token = 0; token < tokens; --parts) {
+    const int64_t n = (tokens - token + parts - 1) / parts;
+    end = kBlocks[n - 1](values, masks, pairs, x + token * kRowX, totals + token * 32);
+    token += n;
+  }
+  return end;
+}
+
+struct Avx512 {
+  static void load(float* to, const void* from, int type, int64_t n) {
+    const uint16_t* half = static_cast<const uint16_t*>(from);
+    int64_t i = 0;
+    if (type == SPINFER_BF16) {
+      for (; i < n; ++i) to[i] = float_of_bf16(half[i]);
+    } else if (type == SPINFER_F16) {
+      for (; i + 16 <= n; i += 16) {
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half + i))));
+      }
+      for (; i < n; ++i) to[i] = float_of_f16(half[i]);
+    } else {
+      __builtin_memcpy(to, from, size_t(n) * 4);
+    }
+  }
+
+  static void store(void* to, const float* from, int type, int64_t n) {
+    uint16_t* half = static_cast<uint16_t*>(to);
+    int64_t i = 0;
+    if (type == SPINFER_BF16) {
+      for (; i < n; ++i) half[i] = bf16_of_float(from[i]);
+    } else if (type == SPINFER_F16) {
+      for (; i + 16 <= n; i += 16) {
+        const __m256i rounded = _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), rounded);
+      }
+      for (; i < n; ++i) half[i] = f16_of_float(from[i]);
+    } else {
+      __builtin_memcpy(to, from, size_t(n) * 4);
+    }
+  }
+
+  template <class Value>
+  static const Value* block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, int64_t tokens,
+                            float* totals) {
+    return all_tokens(values, masks, pairs, x, tokens, totals);
+  }
+
+#ifdef SPINFER_BF16_TIER
+  template <class Value>
+  static const Value* block_bf16(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x,
+                                 int64_t tokens, float* totals) {
+    return all_tokens(values, masks, pairs, x, tokens, totals);
+  }
+#endif
+};
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+}
+
+#ifdef SPINFER_BF16_TIER
+bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool keeps_bf16(int type, int x_type) { return type == SPINFER_BF16 && x_type == SPINFER_BF16; }
+void prepare(const Pass& pass, int64_t first, int64_t last) {
+  prepare_rows<Avx512>(pass, first, last, keeps_bf16(pass.weight.type, pass.x_type));
+}
+void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
+  if (keeps_bf16(pass.weight.type, pass.x_type)) return run_all<Avx512, Bf16, true>(pass, first, last, totals);
+  run_by_type<Avx512>(pass, first, last, totals);
+}
+#else
+bool supported() { return has_avx512(); }
+bool keeps_bf16(int, int) { return false; }
+void prepare(const Pass& pass, int64_t first, int64_t last) { prepare_rows<Avx512>(pass, first, last, false); }
+void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
+  run_by_type<Avx512>(pass, first, last, totals);
+}
+#endif
+
+}  // namespace
+
+#ifdef SPINFER_BF16_TIER
+const Tier kAvx512Bf16 = {"avx512bf16", supported, keeps_bf16, prepare, run, pack_panel_avx512};
+#else
+const Tier kAvx512 = {"avx512", supported, keeps_bf16, prepare, run, pack_panel_avx512};
+#endif
+
+}  // namespace spinfer

@@ -1,0 +1,81 @@
+// What the tiers provide and the driver calls.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "spinfer_cpu.h"
+
+namespace spinfer {
+
+constexpr int64_t kPanelRows = SPINFER_PANEL_ROWS;
+
+// Columns summed before the registers are added to the fp32 totals: keeps the rounding error of long rows low (two
+// levels of summation), and a block of x in L1 (N <= 16) or L2.
+constexpr int64_t kBlockK = 512;
+
+// A row of the x workspace: 16 elements more than a block, so that the rows of a token block fall on different L1 sets.
+constexpr int64_t kRowX = kBlockK + 16;
+
+// Tokens of one pass over the weights; bounds the workspace.
+constexpr int64_t kPassTokens = 128;
+
+struct Weight {
+  const void* values;
+  const uint32_t* masks;
+  const int64_t* offsets;
+  int64_t out_features;
+  int64_t in_features;
+  int type;
+
+  int64_t pairs() const { return (in_features + 1) / 2; }
+  int64_t panels() const { return (out_features + kPanelRows - 1) / kPanelRows; }
+  int64_t blocks() const { return (in_features + kBlockK - 1) / kBlockK; }
+};
+
+// One pass: up to kPassTokens rows of x.
+struct Pass {
+  Weight weight;
+  const void* x;  // as the caller gave it
+  int64_t x_stride;
+  int64_t tokens;
+  int x_type;
+  const void* bias;
+  void* y;
+  void* work_x;  // [block][token][kRowX], fp32, or bf16 where the tier says so
+};
+
+// Pack one panel's part of a GroupTile: its 32 words and their values, `pairs` column pairs of which lie in the matrix.
+// Advances `to`; returns where the next values start.
+using PackPanel16 = const uint16_t* (*)(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
+                                        uint16_t*& to, uint32_t* masks);
+
+struct Tier {
+  const char* name;
+  bool (*supported)();
+  // Whether the workspace holds bf16 for these types (else fp32).
+  bool (*keeps_bf16)(int type, int x_type);
+  // Fill the rows [first, last) of work_x.
+  void (*prepare)(const Pass& pass, int64_t first, int64_t last);
+  // Compute the panels [first, last), at most `kRunPanels` of them; `totals` holds (last - first) * tokens * 32 floats.
+  void (*run)(const Pass& pass, int64_t first, int64_t last, float* totals);
+  // For 16-bit values, where the tier has something faster than the portable way.
+  PackPanel16 pack_panel16;
+};
+
+// Panels of one run(): with many tokens, a block of x is read from L2 once for all of them.
+constexpr int64_t kRunPanels = 8;
+
+// The tier of that index, if it exists and this CPU has its instructions; else null.
+const Tier* usable_tier(int index);
+
+extern const Tier kScalar;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Tier kAvx2;
+extern const Tier kAvx512;
+extern const Tier kAvx512Bf16;
+
+const uint16_t* pack_panel_avx512(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
+                                  uint16_t*& to, uint32_t* masks);
+#endif
+
+}  // namespace spinfer

@@ -1,0 +1,105 @@
+// The loops that every tier shares. A tier includes this inside its anonymous namespace, after convert.h, and calls
+// `run_panels<Impl>` and `prepare_rows<Impl>` with a class Impl that has
+//   static void load(float* to, const void* from, int type, int64_t n)         n activations to fp32
+//   static void store(void* to, const float* from, int type, int64_t n)        n fp32 to the activations' type
+//   template <class Value> static const Value* block(values, masks, pairs, const void* x, tokens, totals)
+//       totals[token][32] += panel block (pairs) times x rows (kRowX apart); returns where the next values start
+//   template <class Value> static const Value* block_bf16(...)                  the same for a bf16 workspace
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+struct F32 {
+  uint32_t bits;
+};
+
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Impl>
+void prepare_rows(const Pass& pass, int64_t first, int64_t last, bool bf16) {
+  const Weight& w = pass.weight;
+  const int64_t x_size = pass.x_type == SPINFER_F32 ? 4 : 2;
+  for (int64_t token = first; token < last; ++token) {
+    const char* row = static_cast<const char*>(pass.x) + token * pass.x_stride * x_size;
+    for (int64_t block = 0; block < w.blocks(); ++block) {
+      const int64_t begin = block * kBlockK;
+      const int64_t n = lesser(kBlockK, w.in_features - begin);
+      const int64_t at = (block * pass.tokens + token) * kRowX;
+      if (bf16) {
+        uint16_t* to = static_cast<uint16_t*>(pass.work_x) + at;
+        __builtin_memcpy(to, row + begin * x_size, size_t(n) * 2);
+        to[n] = 0;
+      } else {
+        float* to = static_cast<float*>(pass.work_x) + at;
+        Impl::load(to, row + begin * x_size, pass.x_type, n);
+        to[n] = 0;  // the missing half of the last pair
+      }
+    }
+  }
+}
+
+template <class Impl, class Value, bool kBf16X>
+void run_panels(const Pass& pass, int64_t first, int64_t last, float* totals) {
+  const Weight& w = pass.weight;
+  const int64_t pairs = w.pairs();
+  const int64_t panel_totals = pass.tokens * kPanelRows;
+  __builtin_memset(totals, 0, size_t((last - first) * panel_totals) * sizeof(float));
+
+  const Value* next[kRunPanels];
+  for (int64_t panel = first; panel < last; ++panel) {
+    next[panel - first] = static_cast<const Value*>(w.values) + w.offsets[panel];
+  }
+  for (int64_t block = 0; block < w.blocks(); ++block) {
+    const int64_t pair = block * (kBlockK / 2);
+    const int64_t n = lesser(kBlockK / 2, pairs - pair);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const uint32_t* masks = w.masks + (panel * pairs + pair) * 2;
+      float* to = totals + (panel - first) * panel_totals;
+      const Value*& values = next[panel - first];
+      if constexpr (kBf16X) {
+        const uint16_t* x = static_cast<const uint16_t*>(pass.work_x) + block * pass.tokens * kRowX;
+        values = Impl::block_bf16(values, masks, n, x, pass.tokens, to);
+      } else {
+        const float* x = static_cast<const float*>(pass.work_x) + block * pass.tokens * kRowX;
+        values = Impl::block(values, masks, n, x, pass.tokens, to);
+      }
+    }
+  }
+
+  const int64_t y_size = pass.x_type == SPINFER_F32 ? 4 : 2;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t row = panel * kPanelRows;
+    const int64_t rows = lesser(kPanelRows, w.out_features - row);
+    float bias[kPanelRows] = {};
+    if (pass.bias) Impl::load(bias, static_cast<const char*>(pass.bias) + row * y_size, pass.x_type, rows);
+    for (int64_t token = 0; token < pass.tokens; ++token) {
+      float* sum = totals + (panel - first) * panel_totals + token * kPanelRows;
+      for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += bias[r];
+      Impl::store(static_cast<char*>(pass.y) + (token * w.out_features + row) * y_size, sum, pass.x_type, rows);
+    }
+  }
+}
+
+// With few tokens each panel is streamed from its first value to its last; with many, panels share each block of x.
+template <class Impl, class Value, bool kBf16X = false>
+void run_all(const Pass& pass, int64_t first, int64_t last, float* totals) {
+  const int64_t step = pass.tokens > 16 ? kRunPanels : 1;
+  for (int64_t panel = first; panel < last; panel += step) {
+    run_panels<Impl, Value, kBf16X>(pass, panel, lesser(panel + step, last), totals);
+  }
+}
+
+template <class Impl>
+void run_by_type(const Pass& pass, int64_t first, int64_t last, float* totals) {
+  switch (pass.weight.type) {
+    case SPINFER_BF16:
+      return run_all<Impl, Bf16>(pass, first, last, totals);
+    case SPINFER_F16:
+      return run_all<Impl, F16>(pass, first, last, totals);
+    default:
+      return run_all<Impl, F32>(pass, first, last, totals);
+  }
+}
