@@ -149,6 +149,7 @@ def main() -> None:
         "device": cpu.partition(":")[2].strip(),
         "cores": os.cpu_count(),
         "threads": options.threads,
+        "load_average_5_minutes": os.getloadavg()[1],
         "python": platform.python_version(),
         "torch": version("torch"),
         "commit": commit,

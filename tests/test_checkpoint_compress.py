@@ -180,6 +180,16 @@ def test_names_without_the_base_model_prefix(tmp_path: Path) -> None:
     assert {layer.name for layer in report.checkpoint.layers} == {name.removeprefix("model.") for name in LINEARS}
 
 
+def test_a_prefix_is_not_dropped_onto_another_linear(tmp_path: Path) -> None:
+    state = {"fc.weight": tensors()[f"{Q0}.weight"], "norm.weight": torch.ones(3)}
+    write_dense(tmp_path / "dense", state)
+    shape = LINEARS[Q0]
+    linears = {"fc": shape, "head.fc": shape}
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "out", linears=linears, dense={})
+    assert [layer.name for layer in report.checkpoint.layers] == ["fc"]
+    assert [(layer.name, layer.reason) for layer in report.checkpoint.dense] == [("head.fc", "not in the checkpoint")]
+
+
 def test_nan_and_infinity_are_kept_and_said(tmp_path: Path) -> None:
     state = tensors()
     state[f"{Q0}.weight"][0, :2] = torch.tensor([float("nan"), float("-inf")])
