@@ -268,6 +268,17 @@ def test_report_agrees_with_the_files(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["name"] == checkpoint.layers[0].name
 
 
+def test_an_empty_tensor_before_a_layer_that_fills_a_shard(tmp_path: Path) -> None:
+    """The two share a shard, whose header must have room for both."""
+    weight = tensors(dtype=torch.float32)[f"{Q0}.weight"]
+    state = {"a": torch.zeros(0), "fc.weight": weight}
+    write_dense(tmp_path / "dense", state)
+    linears = {"fc": LINEARS[Q0]}
+    compress_checkpoint(tmp_path / "dense", tmp_path / "out", linears=linears, dense={}, max_shard_nbytes=1)
+    decompress_checkpoint(tmp_path / "out", tmp_path / "back", max_shard_nbytes=1)
+    assert same(load_directory(tmp_path / "back"), state)
+
+
 def test_a_model_of_one_empty_linear(tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
     write_json(tmp_path / "dense" / "config.json", {})
