@@ -62,6 +62,16 @@ def test_there_and_back(max_shard_nbytes: int, tmp_path: Path) -> None:
     assert same(load_directory(tmp_path / "dense"), state)
 
 
+def test_export_refuses_a_name_that_a_part_would_take(tmp_path: Path) -> None:
+    write_compressed(tmp_path / "compressed")
+    stored = load_file(tmp_path / "compressed" / "model.safetensors")
+    name = f"{next(iter(LINEARS))}.shape"
+    save_file({**stored, name: torch.zeros(2)}, tmp_path / "compressed" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"'{name}' has the name of a part"):
+        decompress_checkpoint(tmp_path / "compressed", tmp_path / "bitmask", target="sparse-bitmask")
+    assert not (tmp_path / "bitmask").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 17), (64, 64)])
 def test_round_trip_in_memory(shape: tuple[int, int], dtype: torch.dtype) -> None:

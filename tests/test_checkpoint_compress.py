@@ -180,6 +180,16 @@ def test_names_without_the_base_model_prefix(tmp_path: Path) -> None:
     assert {layer.name for layer in report.checkpoint.layers} == {name.removeprefix("model.") for name in LINEARS}
 
 
+def test_a_prefix_is_not_dropped_onto_another_linear(tmp_path: Path) -> None:
+    state = {"fc.weight": tensors()[f"{Q0}.weight"], "norm.weight": torch.ones(3)}
+    write_dense(tmp_path / "dense", state)
+    shape = LINEARS[Q0]
+    linears = {"fc": shape, "head.fc": shape}
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "out", linears=linears, dense={})
+    assert [layer.name for layer in report.checkpoint.layers] == ["fc"]
+    assert [(layer.name, layer.reason) for layer in report.checkpoint.dense] == [("head.fc", "not in the checkpoint")]
+
+
 def test_nan_and_infinity_are_kept_and_said(tmp_path: Path) -> None:
     state = tensors()
     state[f"{Q0}.weight"][0, :2] = torch.tensor([float("nan"), float("-inf")])
@@ -256,6 +266,17 @@ def test_report_agrees_with_the_files(tmp_path: Path) -> None:
     assert (layer.shape, layer.nbytes) == ((70, 100), nbytes)
     assert layer.bits_per_weight == pytest.approx(8 * nbytes / 7000)
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["name"] == checkpoint.layers[0].name
+
+
+def test_an_empty_tensor_before_a_layer_that_fills_a_shard(tmp_path: Path) -> None:
+    """The two share a shard, whose header must have room for both."""
+    weight = tensors(dtype=torch.float32)[f"{Q0}.weight"]
+    state = {"a": torch.zeros(0), "fc.weight": weight}
+    write_dense(tmp_path / "dense", state)
+    linears = {"fc": LINEARS[Q0]}
+    compress_checkpoint(tmp_path / "dense", tmp_path / "out", linears=linears, dense={}, max_shard_nbytes=1)
+    decompress_checkpoint(tmp_path / "out", tmp_path / "back", max_shard_nbytes=1)
+    assert same(load_directory(tmp_path / "back"), state)
 
 
 def test_a_model_of_one_empty_linear(tmp_path: Path) -> None:

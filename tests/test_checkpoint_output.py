@@ -240,7 +240,7 @@ compress_checkpoint(sys.argv[1], sys.argv[2], linears=LINEARS, dense=DENSE, max_
 
 def test_killed_run(dense: Path) -> None:
     output, partial = dense.parent / "out", dense.parent / ".out.partial"
-    paths = [str(Path(writer.__file__).parents[2]), str(Path(__file__).parent)]
+    paths = [str(Path(writer.__file__).parents[2]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     run = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(dense), str(output)],
         stdout=subprocess.PIPE,

@@ -95,7 +95,11 @@ def _plan(checkpoint: CompressedCheckpoint, target: Target) -> Iterator[Planned]
             yield Planned((name,), entry.shape[0] * entry.shape[1] * entry.dtype.itemsize, 2)
         else:
             entry = checkpoint.compression.modules[module]
-            yield Planned(tuple(f"{module}.{part}" for part in PARTS), entry.nnz * entry.dtype.itemsize, 2)
+            names = tuple(_part_names(module))
+            for part in names:
+                if part in checkpoint.source.tensors:
+                    raise CheckpointError(f"{checkpoint.source.tensors[part]} has the name of a part to be written")
+            yield Planned(names, entry.nnz * entry.dtype.itemsize, 2)
 
 
 def _groups(checkpoint: CompressedCheckpoint, target: Target) -> Iterator[tuple[tuple[str, ...], list[Outgoing]]]:
@@ -108,11 +112,16 @@ def _groups(checkpoint: CompressedCheckpoint, target: Target) -> Iterator[tuple[
             yield storage_names(module), _decoded(module, name, dense, target)
 
 
+def _part_names(module: str) -> dict[str, str]:
+    """Names of a module's tensors in the `sparse-bitmask` format, each with its part."""
+    return {f"{module}.{part}": part for part in PARTS}
+
+
 def _decoded(module: str, name: str, dense: Tensor, target: Target) -> list[Outgoing]:
     if target is Target.DENSE:
         return [outgoing(name, safetensors_dtype(dense.dtype), dense)]
     encoded = BitmaskTensor.encode(dense)
-    parts: dict[str, Tensor] = {f"{module}.{part}": getattr(encoded, part) for part in PARTS}
+    parts: dict[str, Tensor] = {stored: getattr(encoded, part) for stored, part in _part_names(module).items()}
     return [outgoing(stored, safetensors_dtype(part.dtype), part) for stored, part in parts.items()]
 
 

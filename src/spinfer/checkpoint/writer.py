@@ -89,10 +89,10 @@ class ShardWriter:
     def _header_room(self) -> int:
         """Enough for every group that may still get into a shard that starts now."""
         room, least = len('{"__metadata__":{"format":"pt"}}'), 0
-        for index, planned in enumerate(self._plan[self._next :]):
-            least += planned.least_nbytes
-            if index and least > self._max_shard_nbytes:
+        for planned in self._plan[self._next :]:
+            if least and least + planned.least_nbytes > self._max_shard_nbytes:
                 break
+            least += planned.least_nbytes
             room += planned.header_nbytes
         return room
 
@@ -143,10 +143,7 @@ class _Shard:
     def _put(self, outgoing: Outgoing) -> None:
         info, start = outgoing.info, self._written
         for piece in outgoing.pieces:
-            with writing(self.path):
-                view = piece.numpy().data
-                while view:
-                    view = view[self._file.write(view) :]
+            self._write(piece.numpy().data)
             self._written += piece.numel()
         if self._written - start != info.nbytes:
             raise RuntimeError(f"{info.name}: {self._written - start} bytes came, {info.nbytes} were announced")
@@ -162,8 +159,13 @@ class _Shard:
             raise RuntimeError(f"{self.path}: room for a header of {self._room} bytes, {len(text)} are needed")
         with writing(self.path):
             self._file.seek(0)
-            self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+            self._write(memoryview(self._room.to_bytes(8, "little") + text.ljust(self._room)))
             self._file.close()
+
+    def _write(self, data: memoryview) -> None:
+        with writing(self.path):
+            while data:
+                data = data[self._file.write(data) :]
 
 
 def outgoing(name: str, dtype: str, tensor: Tensor) -> Outgoing:
