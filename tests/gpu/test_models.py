@@ -1,0 +1,80 @@
+"""Compressed models on a GPU through transformers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import spinfer
+from conftest import pruned_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Path:
+    """A compressed Llama on disk."""
+    model = pruned_model("llama", dtype=torch.float16)
+    spinfer.compress_model(model)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def logits_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||."""
+    return float(((actual.double() - expected.double()).norm() / expected.double().norm()).detach())
+
+
+@pytest.mark.parametrize("device_map", ["cuda", "auto", {"": 0}])
+def test_loads_onto_the_gpu(device_map: object, compressed: Path, tokens: Tensor) -> None:
+    on_cpu = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype="auto", device_map=device_map)
+    assert model.device.type == "cuda"
+    assert logits_error(model(tokens.cuda()).logits.cpu(), on_cpu(tokens).logits) < 5e-3
+
+
+def test_moves_between_devices_and_saves_the_same_bytes(compressed: Path, tokens: Tensor, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype="auto")
+    expected = model(tokens).logits
+    model.cuda()
+    assert logits_error(model(tokens.cuda()).logits.cpu(), expected) < 5e-3
+    model.save_pretrained(tmp_path / "from-gpu")
+    saved = tmp_path / "from-gpu" / "model.safetensors"
+    assert saved.read_bytes() == (compressed / "model.safetensors").read_bytes()
+    model.cpu()
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_compresses_on_the_gpu(tokens: Tensor) -> None:
+    dense = pruned_model("llama", dtype=torch.float16).cuda()
+    model = copy.deepcopy(dense)
+    spinfer.compress_model(model)
+    assert logits_error(model(tokens.cuda()).logits, dense(tokens.cuda()).logits) < 5e-3
+
+
+def test_generates_the_dense_model_s_tokens(tokens: Tensor) -> None:
+    dense = pruned_model("llama", dtype=torch.float32).cuda()
+    arguments = {"attention_mask": torch.ones_like(tokens).cuda(), "max_new_tokens": 8, "do_sample": False}
+    expected = dense.generate(tokens.cuda(), pad_token_id=0, **arguments)
+    spinfer.compress_model(dense)
+    assert torch.equal(dense.generate(tokens.cuda(), pad_token_id=0, **arguments), expected)
+
+
+def test_peak_memory_of_loading_is_that_of_the_compressed_model(tmp_path: Path) -> None:
+    model = pruned_model("llama", dtype=torch.float16, sparsity=0.8)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(200, 128, dtype=torch.float16))
+    spinfer.compress_model(model)
+    model.save_pretrained(tmp_path)
+    footprint = model.get_memory_footprint()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="cuda")
+    largest_layer = 200 * 128 * 2
+    # Allocations are rounded to 512 bytes; a layer being repacked exists twice.
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * footprint + 4 * largest_layer
