@@ -11,7 +11,7 @@ import torch
 import typer
 
 from spinfer.bench.model import time_models
-from spinfer.cli.options import Device, Model, Threads, resolve_device, set_threads
+from spinfer.cli.options import Device, Dtype, Model, Threads, resolve_device, set_threads
 from spinfer.cli.output import megabytes, print_json, print_table, progress_bar
 from spinfer.integrations.transformers.models import load_causal_lm
 
@@ -32,13 +32,14 @@ def bench(
     output: Annotated[Format, typer.Option("-o", "--output", help="Form of the result.")] = Format.md,
     compare: Annotated[str | None, typer.Option("--compare", metavar="DENSE_DIR", help="Time beside this one.")] = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
     """Prefill and decode tokens/s; with --compare the two models take turns in one process."""
     device = resolve_device(device)
     set_threads(threads)
     paths = [model] if compare is None else [model, compare]
-    models = {path: load_causal_lm(path, device=device)[0] for path in paths}
+    models = {path: load_causal_lm(path, device=device, dtype=dtype)[0] for path in paths}
     with progress_bar("bench") as progress:
         timings = time_models(
             models,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from spinfer.cli.options import Device, Json, Model, Threads, resolve_device, set_threads
+from spinfer.cli.options import Device, Dtype, Json, Model, Threads, resolve_device, set_threads
 from spinfer.cli.output import print_json, print_table, progress_bar
 from spinfer.errors import SpinferError
 from spinfer.evaluation import perplexity
@@ -23,6 +23,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", "-n", min=2, help="Stop after so many.")] = None,
     compare: Annotated[str | None, typer.Option("--compare", metavar="DENSE_DIR", help="A second model.")] = None,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -35,7 +36,7 @@ def evaluate(
         raise SpinferError(f"{text}: cannot be read as UTF-8 text: {error}") from error
     results: list[dict[str, Any]] = []
     for path in [model] if compare is None else [model, compare]:
-        lm, tokenizer = load_causal_lm(path, device=device)
+        lm, tokenizer = load_causal_lm(path, device=device, dtype=dtype)
         token_ids = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0][:max_tokens]
         with progress_bar(f"perplexity of {path}") as progress:
             result = perplexity(lm, torch.as_tensor(token_ids).to(device), context=context, progress=progress)

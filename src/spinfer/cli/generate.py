@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from spinfer.cli.options import Device, Json, Model, Threads, resolve_device, set_threads
+from spinfer.cli.options import Device, Dtype, Json, Model, Threads, resolve_device, set_threads
 from spinfer.cli.output import megabytes, peak_memory_nbytes, print_json, stderr
 from spinfer.integrations.transformers import generation
 from spinfer.integrations.transformers.models import load_causal_lm
@@ -23,6 +23,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="For sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Ignore the chat template; continue the text as it is.")] = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -30,7 +31,7 @@ def generate(
     device = resolve_device(device)
     set_threads(threads)
     torch.manual_seed(seed)
-    lm, tokenizer = load_causal_lm(model, device=device)
+    lm, tokenizer = load_causal_lm(model, device=device, dtype=dtype)
 
     def show(text: str) -> None:
         sys.stdout.write(text)

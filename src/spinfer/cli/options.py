@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -14,6 +14,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to make;
 MaxShard = Annotated[float, typer.Option("--max-shard-gb", min=0.001, help="Most 10^9 bytes in one weights file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N, or auto: CUDA where there is one.")]
+Dtype = Annotated[
+    Literal["auto", "float16", "bfloat16", "float32"],
+    typer.Option("--dtype", help="Type to load as; auto is the one config.json names."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face model directory.")]
 

@@ -31,8 +31,13 @@ def model_linears(path: str) -> LinearModules:
     return linear_modules(model)
 
 
-def load_causal_lm(path: str, *, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """Load a dense or compressed model and its tokenizer, in the dtype its config names, ready for inference.
+def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Load a dense or compressed model and its tokenizer, ready for inference.
+
+    Args:
+        path: a model directory.
+        device: where to.
+        dtype: name of the type to load as; "auto" is the one that config.json names.
 
     Raises:
         CheckpointError: the directory lacks what transformers needs.
@@ -40,7 +45,7 @@ def load_causal_lm(path: str, *, device: str = "cpu") -> tuple[PreTrainedModel, 
     if not Path(path, "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; name a Hugging Face model directory")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except SpinferError:
         raise
