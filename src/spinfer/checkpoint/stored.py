@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spinfer.checkpoint.config import FORMAT_NAME, CompressionConfig, ModuleEntry
+from spinfer.checkpoint.config import FORMAT_NAME, CompressionConfig
 from spinfer.checkpoint.header import TensorInfo
 from spinfer.checkpoint.names import safetensors_dtype, storage_module, storage_names
 from spinfer.checkpoint.safetensors_source import INDEX_NAME, SINGLE_NAME, SafetensorsSource
 from spinfer.checkpoint.source import CONFIG_NAME, read_config
 from spinfer.errors import CheckpointError, FormatError
 from spinfer.format import Geometry, TcaBmeTensor
+
+
+def check_headers(origin: str | Path, tensors: Mapping[str, TensorInfo], compression: CompressionConfig) -> None:
+    """Compare what config.json says with what the files hold, before any data is read.
+
+    Args:
+        origin: the directory, for messages.
+        tensors: all stored tensors by name.
+        compression: the parsed entry of config.json.
+
+    Raises:
+        CheckpointError: an array of a compressed module is missing, or has another type or length.
+    """
+    for name, entry in compression.modules.items():
+        geometry = Geometry(*entry.shape)
+        expected = (
+            (safetensors_dtype(entry.dtype), entry.values_len),
+            ("I64", geometry.bitmap_words),
+            ("I32", geometry.offsets_len),
+        )
+        for stored, (dtype, length) in zip(storage_names(name), expected, strict=True):
+            info = tensors.get(stored)
+            if info is None:
+                raise CheckpointError(
+                    f"{origin}: tensor {stored!r} of compressed module {name!r} is missing; download the model again"
+                )
+            if (info.dtype, info.shape) != (dtype, (length,)):
+                raise CheckpointError(
+                    f"{info} is {info.dtype} {list(info.shape)}, but {CONFIG_NAME} asks for {dtype} [{length}]; "
+                    "config.json and weights are of different models, download both again"
+                )
 
 
 class CompressedCheckpoint:
@@ -47,33 +78,12 @@ class CompressedCheckpoint:
         if not any((self.directory / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
             raise CheckpointError(f"{self.directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; download it again")
         self.source = SafetensorsSource(self.directory)
-        for name, module in self.compression.modules.items():
-            self._check_headers(name, module)
+        check_headers(self.directory, self.source.tensors, self.compression)
         for info in self.source.tensors.values():
             owner = storage_module(info.name)
             if owner is not None and owner not in self.compression.modules:
                 raise CheckpointError(
                     f"{info} belongs to a compressed module that {CONFIG_NAME} does not list; "
-                    "config.json and weights are of different models, download both again"
-                )
-
-    def _check_headers(self, name: str, entry: ModuleEntry) -> None:
-        geometry = Geometry(*entry.shape)
-        expected = (
-            (safetensors_dtype(entry.dtype), entry.values_len),
-            ("I64", geometry.bitmap_words),
-            ("I32", geometry.offsets_len),
-        )
-        for stored, (dtype, length) in zip(storage_names(name), expected, strict=True):
-            info = self.source.tensors.get(stored)
-            if info is None:
-                raise CheckpointError(
-                    f"{self.directory}: tensor {stored!r} of the compressed module {name!r} is missing; "
-                    "download the model again"
-                )
-            if (info.dtype, info.shape) != (dtype, (length,)):
-                raise CheckpointError(
-                    f"{info} is {info.dtype} {list(info.shape)}, but {CONFIG_NAME} asks for {dtype} [{length}]; "
                     "config.json and weights are of different models, download both again"
                 )
 

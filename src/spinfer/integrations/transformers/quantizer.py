@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinfer.checkpoint.config import FORMAT_NAME, QUANT_METHOD, CompressionConfig, ModuleEntry
+from spinfer.checkpoint.header import read_header
+from spinfer.checkpoint.stored import check_headers
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import FORMAT_VERSION
 from spinfer.linear import SparseLinear
@@ -58,8 +61,15 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self.quantization_config.parsed()
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name, entry in self.quantization_config.parsed().modules.items():
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        compression = self.quantization_config.parsed()
+        if checkpoint_files:  # transformers does not compare shapes where a quantiser is at work
+            headers = [read_header(Path(file)) for file in checkpoint_files]
+            tensors = {name: info for header in headers for name, info in header.items()}
+            check_headers(Path(checkpoint_files[0]).parent, tensors, compression)
+        for name, entry in compression.modules.items():
             path = _module_path(model, name)
             dense = model.get_submodule(path)
             if not isinstance(dense, nn.Linear) or (dense.out_features, dense.in_features) != entry.shape:
