@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test quality clean
+.PHONY: demo test quality readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
+	$(PY) benchmarks/readme.py --check
+
+readme: $(VENV)/.installed
+	$(PY) benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) .demo build dist

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from fetch import fetch_model, fetch_text
+from table import table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spinfer.model import linear_modules
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".demo"))
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--eval-tokens", type=int, default=8192)
+    parser.add_argument("--output", type=Path, help="also write the result here, as JSON")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(exist_ok=True)
@@ -74,24 +77,50 @@ def main() -> None:
     bench = spinfer("bench", compressed, "-p", 64, "-n", 16, "-o", "json", "--compare", pruned, capture=True)
     sparse_speed, dense_speed = bench["results"]
 
-    def row(name: str, path: Path, result: dict[str, Any], speed: dict[str, Any] | None, bits: float) -> str:
-        decode = f"{speed['decode_tokens_per_s']:.2f}" if speed else ""
-        memory = f"{speed['memory_nbytes'] / 1e6:.1f}" if speed else ""
-        size = f"{weights_nbytes(path) / 1e6:.1f}"
-        return (
-            f"| {name:<10} | {size:>7} | {bits:>13.2f} | {result['perplexity']:>10.4f} | {decode:>15} | {memory:>12} |"
-        )
+    result = {
+        "model": "SmolLM2-135M-Instruct",
+        "sparsity": arguments.sparsity,
+        "method": "magnitude",
+        "evaluated_tokens": dense_result["tokens"],
+        "device": bench["device"],
+        "processor": processor(),
+        "threads": bench["threads"],
+        "versions": {name: bench[name] for name in ("spinfer", "torch", "transformers")},
+        "rows": [
+            row("dense", dense, dense_result, None, 8.0 * torch.bfloat16.itemsize),
+            row("pruned", pruned, pruned_result, dense_speed, 8.0 * torch.bfloat16.itemsize),
+            row("compressed", compressed, compressed_result, sparse_speed, report["bits_per_weight"]),
+        ],
+    }
+    print(f"\n{table(result)}")
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
-    dense_bits = 8.0 * torch.bfloat16.itemsize
-    print(
-        "\nSmolLM2-135M-Instruct, whose weights its packager had rounded to 4 bits; "
-        f"magnitude-pruned to {arguments.sparsity:.0%} in every Linear. Held-out Wikipedia text.\n"
+
+def row(
+    name: str, path: Path, evaluation: dict[str, Any], speed: dict[str, Any] | None, bits: float
+) -> dict[str, str | float | None]:
+    """One line of the table; speed is None where the model was not timed."""
+    return {
+        "model": name,
+        "disk_nbytes": weights_nbytes(path),
+        "bits_per_weight": bits,
+        "perplexity": evaluation["perplexity"],
+        "decode_tokens_per_s": speed["decode_tokens_per_s"] if speed else None,
+        "prefill_tokens_per_s": speed["prefill_tokens_per_s"] if speed else None,
+        "memory_nbytes": speed["memory_nbytes"] if speed else None,
+    }
+
+
+def processor() -> str:
+    """Model name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.open() if line.startswith("model name")]
+        if info.exists()
+        else []
     )
-    print("| model      |  MB disk | bits a weight | perplexity | decode tokens/s | MB in memory |")
-    print("| ---------- | -------: | ------------: | ---------: | --------------: | -----------: |")
-    print(row("dense", dense, dense_result, None, dense_bits))
-    print(row("pruned", pruned, pruned_result, dense_speed, dense_bits))
-    print(row("compressed", compressed, compressed_result, sparse_speed, report["bits_per_weight"]))
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

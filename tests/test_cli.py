@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spinfer
+from conftest import pruned_model, save_with_tokenizer
 from spinfer.cli import main
 
 
@@ -182,6 +183,14 @@ def test_not_a_model_directory(verb: list[str], tmp_path: Path) -> None:
     folder.mkdir()
     assert str(folder) in error_of(*(part.format(folder) for part in verb))
     assert not (tmp_path / "empty-out").exists()
+
+
+def test_a_model_without_linears_says_why(tmp_path: Path) -> None:
+    folder = save_with_tokenizer(pruned_model("gpt2"), tmp_path / "gpt2")
+    message = error_of("compress", folder, "-o", tmp_path / "out")
+    assert str(folder) in message
+    assert "Conv1D" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_that_exists_is_kept(pruned_dir: Path, tmp_path: Path) -> None:

@@ -107,12 +107,13 @@ def test_never_holds_a_dense_weight_while_loading(tmp_path: Path, monkeypatch: p
     assert not held
 
 
+@pytest.mark.parametrize("keyword", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_dtype_argument_casts_the_values(dtype: torch.dtype, tokens: Tensor, tmp_path: Path) -> None:
+def test_dtype_argument_casts_the_values(dtype: torch.dtype, keyword: str, tokens: Tensor, tmp_path: Path) -> None:
     model = pruned_model("llama")
     spinfer.compress_model(model)
     model.save_pretrained(tmp_path / "bf16")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", **{keyword: dtype})
     assert loaded.dtype == dtype
     assert {module.storage.dtype for module in sparse_modules(loaded).values()} == {dtype}
     dense = pruned_model("llama")
