@@ -12,8 +12,9 @@ namespace {
 #include "convert.h"
 #include "panels.h"
 
-// Distance at which values are prefetched. The hardware's own prefetch stops at each 4 KiB page.
-constexpr int kPrefetch = 4096;
+// How far ahead values are prefetched: the hardware's own prefetch stops at each 4 KiB page. 2 KiB is 4 % slower, none at
+// all 10 % (4096 x 4096, N = 1 to 4, cold).
+constexpr int kPrefetch = 8192;
 
 // vpexpandw and vpexpandd depend on their destination even when they zero it (Zen 4); clearing it first costs nothing.
 inline __m512i expand16(__mmask32 mask, const void* from) {
@@ -65,6 +66,7 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
   for (int64_t pair = 0; pair < pairs; ++pair) {
     __m512 even0, odd0, even1, odd1;
     _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(masks + 2 * pair) + kPrefetch / 8, _MM_HINT_T0);
     if constexpr (sizeof(Value) == 4) {
       _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch + 64, _MM_HINT_T0);
     }
@@ -98,6 +100,7 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
   for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
   for (int64_t pair = 0; pair < pairs; ++pair) {
     _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(masks + 2 * pair) + kPrefetch / 8, _MM_HINT_T0);
     const __m512i w0 = expand16(masks[2 * pair], values);
     values += _mm_popcnt_u32(masks[2 * pair]);
     const __m512i w1 = expand16(masks[2 * pair + 1], values);
