@@ -57,7 +57,7 @@ class Row:
 
     `ours` is the kernel with `dtype` values and activations, `read` a pure read of its bytes, the others torch's dense
     layers: F.linear in three types, and oneDNN with a prepacked bf16 weight. `samples` is the smallest number of
-    undisturbed samples behind any of them.
+    undisturbed samples behind any of them; at 0, a median is of disturbed ones.
     """
 
     model: str
@@ -107,8 +107,12 @@ class Bench:
     def _preemptions(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
-    def measure(self, calls: dict[str, Call]) -> dict[str, list[float]]:
-        """Undisturbed samples of each call in microseconds; calls get a running number that picks their copy."""
+    def measure(self, calls: dict[str, Call]) -> tuple[dict[str, float], int]:
+        """Time calls, which get a running number that picks their copy.
+
+        Returns:
+            Each call's median in microseconds, and the smallest number of undisturbed samples behind one.
+        """
         kept: dict[str, list[float]] = {name: [] for name in calls}
         disturbed: dict[str, list[float]] = {name: [] for name in calls}
         start = time.perf_counter()
@@ -121,10 +125,11 @@ class Bench:
                 took = (time.perf_counter() - begin) * 1e6
                 (kept if self._preemptions() == before else disturbed)[name].append(took)
             spent = time.perf_counter() - start
-            enough = min(len(samples) for samples in kept.values()) >= self._samples
-            if (enough and spent >= self._seconds) or spent >= 4 * self._seconds:
+            fewest = min(map(len, kept.values()))
+            patience = self._seconds if fewest >= self._samples else 4 * self._seconds
+            if turn >= 2 and spent >= patience:
                 break
-        return {name: samples or disturbed[name] for name, samples in kept.items()}
+        return {name: statistics.median(times or disturbed[name]) for name, times in kept.items()}, fewest
 
 
 class Weights:
@@ -182,9 +187,7 @@ def measure(library: CpuLibrary, bench: Bench, done: Sequence[Row], args: argpar
                 continue
             weights = weights or Weights(shape, args.dtype, args.sparsities)
             torch.set_num_threads(threads)
-            samples = bench.measure(weights.calls(library, tokens))
-            took = {name: statistics.median(times) for name, times in samples.items()}
-            fewest = min(map(len, samples.values()))
+            took, fewest = bench.measure(weights.calls(library, tokens))
             for s in args.sparsities:
                 nbytes = sum(part.nbytes for part in weights.sparse[s][0].parts[:2])
                 dense = [round(took[name], 1) for name in (*DTYPES, "prepacked_bf16")]
