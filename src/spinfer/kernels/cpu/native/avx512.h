@@ -12,8 +12,18 @@ namespace {
 #include "convert.h"
 #include "panels.h"
 
-// Distance at which values are prefetched. The hardware's own prefetch stops at each 4 KiB page.
-constexpr int kPrefetch = 2048;
+// Prefetch of one pair's values and masks, far ahead into L2 and nearer into L1: the hardware's own prefetch stops at each
+// 4 KiB page, and lines that come straight from memory hold L1's few fill buffers too long. Without: 10 % slower at N = 1
+// to 4 (4096 x 4096, cold); with one distance only: 4 to 8 %.
+template <class Value>
+inline void prefetch(const Value* values, const uint32_t* masks) {
+  const char* at = reinterpret_cast<const char*>(values);
+  for (size_t line = 0; line < 32 * sizeof(Value); line += 64) {  // two half full masks have 32 values
+    _mm_prefetch(at + 8192 + line, _MM_HINT_T1);
+    _mm_prefetch(at + 2048 + line, _MM_HINT_T0);
+  }
+  _mm_prefetch(reinterpret_cast<const char*>(masks) + 256, _MM_HINT_T0);
+}
 
 // vpexpandw and vpexpandd depend on their destination even when they zero it (Zen 4); clearing it first costs nothing.
 inline __m512i expand16(__mmask32 mask, const void* from) {
@@ -64,10 +74,7 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
   }
   for (int64_t pair = 0; pair < pairs; ++pair) {
     __m512 even0, odd0, even1, odd1;
-    _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
-    if constexpr (sizeof(Value) == 4) {
-      _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch + 64, _MM_HINT_T0);
-    }
+    prefetch(values, masks + 2 * pair);
     decode(values, masks[2 * pair], even0, odd0);
     decode(values, masks[2 * pair + 1], even1, odd1);
 #pragma GCC unroll 12
@@ -97,7 +104,7 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
 #pragma GCC unroll 12
   for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
   for (int64_t pair = 0; pair < pairs; ++pair) {
-    _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+    prefetch(values, masks + 2 * pair);
     const __m512i w0 = expand16(masks[2 * pair], values);
     values += _mm_popcnt_u32(masks[2 * pair]);
     const __m512i w1 = expand16(masks[2 * pair + 1], values);

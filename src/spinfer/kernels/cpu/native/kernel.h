@@ -56,13 +56,16 @@ struct Tier {
   bool (*keeps_bf16)(int type, int x_type);
   // Fill the rows [first, last) of work_x.
   void (*prepare)(const Pass& pass, int64_t first, int64_t last);
-  // Compute the panels [first, last), at most `kRunPanels` of them; `totals` holds (last - first) * tokens * 32 floats.
+  // Compute the panels [first, last); `totals` has room for 32 * tokens floats, `kRunPanels` times that above
+  // kStreamTokens.
   void (*run)(const Pass& pass, int64_t first, int64_t last, float* totals);
   // For 16-bit values, where the tier has something faster than the portable way.
   PackPanel16 pack_panel16;
 };
 
-// Panels of one run(): with many tokens, a block of x is read from L2 once for all of them.
+// With up to this many tokens, a panel is streamed from its first value to its last; with more, `kRunPanels` panels share
+// each block of x, which then comes from L2 once for all of them.
+constexpr int64_t kStreamTokens = 16;
 constexpr int64_t kRunPanels = 8;
 
 // The tier of that index, if it exists and this CPU has its instructions; else null.

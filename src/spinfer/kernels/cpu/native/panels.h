@@ -83,10 +83,9 @@ void run_panels(const Pass& pass, int64_t first, int64_t last, float* totals) {
   }
 }
 
-// With few tokens each panel is streamed from its first value to its last; with many, panels share each block of x.
 template <class Impl, class Value, bool kBf16X = false>
 void run_all(const Pass& pass, int64_t first, int64_t last, float* totals) {
-  const int64_t step = pass.tokens > 16 ? kRunPanels : 1;
+  const int64_t step = pass.tokens > kStreamTokens ? kRunPanels : 1;
   for (int64_t panel = first; panel < last; panel += step) {
     run_panels<Impl, Value, kBf16X>(pass, panel, lesser(panel + step, last), totals);
   }
