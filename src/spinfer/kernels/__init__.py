@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from spinfer.errors import SpinferError
 from spinfer.format import TcaBmeTensor
+from spinfer.kernels.cuda import CudaBackend
 from spinfer.kernels.packed import Backend, PackedWeight
 from spinfer.kernels.tilewise import TilewiseBackend
 
 TILEWISE = TilewiseBackend()
 
-BACKENDS: tuple[Backend, ...] = (TILEWISE,)
+BACKENDS: tuple[Backend, ...] = (CudaBackend(), TILEWISE)
 """First match wins; the last accepts everything."""
 
 

@@ -1,0 +1,116 @@
+"""`CudaBackend`: accepts a weight on a capable GPU, repacks it, and picks a kernel for each call."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from spinfer.format import TcaBmeTensor
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.select import MAX_TOKENS, Decoded, choose
+from spinfer.kernels.packed import PackedWeight
+
+_VALUE_DTYPES = (torch.float16, torch.bfloat16)
+_OLDEST = (8, 0)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What keeps kernels from being compiled here, or None."""
+    try:
+        found = importlib.util.find_spec("cuda.core") and importlib.util.find_spec("cuda.bindings.nvrtc")
+    except ImportError:
+        found = None
+    return None if found else "cuda-core is not installed (pip install 'spinfer[cuda]')"
+
+
+class CudaBackend:
+    """Kernels compiled at run time for the GPU that holds the weight."""
+
+    layout = LAYOUT
+
+    def accepts(self, weight: TcaBmeTensor) -> bool:
+        """16-bit values on a GPU of compute capability 8.0 or newer; says once why a GPU's weight is left out."""
+        if weight.device.type != "cuda" or weight.dtype not in _VALUE_DTYPES:
+            return False
+        capability = torch.cuda.get_device_capability(weight.device)
+        reason = (
+            f"compute capability {capability[0]}.{capability[1]} is older than 8.0"
+            if capability < _OLDEST
+            else _missing()
+        )
+        if reason is not None:
+            _warn_once(f"sparse layers on {weight.device} run on the slower portable path: {reason}")
+        return reason is None
+
+    def pack(self, weight: TcaBmeTensor) -> PackedWeight:
+        """Repack on the GPU, losslessly."""
+        from spinfer.kernels.cuda.repack import pack_chunks
+
+        return PackedWeight(LAYOUT, pack_chunks(weight), weight.shape, weight.nnz, weight.dtype)
+
+    def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
+        """The inverse of `pack`, bit-exact."""
+        from spinfer.kernels.cuda.repack import unpack_chunks
+
+        chunks, offsets = packed.parts
+        return unpack_chunks(chunks, offsets, packed.shape, packed.nnz, packed.dtype)
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        """See `Backend.linear`.
+
+        x of another dtype than the values takes the decoded path: values are converted to x's dtype, never x to theirs.
+        """
+        from spinfer.kernels.cuda.runtime import device_traits
+
+        index = x.device.index
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self.linear(x, packed, bias)
+        grid = ChunkGrid.of(*packed.shape)
+        plan = choose(grid, packed.nnz, x.shape[0], x.dtype == packed.dtype, device_traits(index))
+        if isinstance(plan, Decoded):
+            if x.dtype != packed.dtype:
+                _warn_once(
+                    f"x is {x.dtype} but the sparse weight {packed.dtype}: the fused kernels need one dtype, so the "
+                    "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
+                )
+            return _decoded(x, packed, bias, grid, plan.row_blocks)
+        from spinfer.kernels.cuda.matmul import fused
+
+        chunks, offsets = packed.parts
+        y = x.new_empty(x.shape[0], packed.shape[0])
+        for start, config in plan.passes:
+            stop = start + MAX_TOKENS
+            fused(x[start:stop], chunks, offsets, bias, y[start:stop], grid, config)
+        return y
+
+
+def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, grid: ChunkGrid, row_blocks: int) -> Tensor:
+    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
+    from spinfer.kernels.cuda.repack import decode_row_blocks
+
+    chunks, offsets = packed.parts
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    rows = min(row_blocks * grid.chunk_rows, grid.out_features)
+    workspace = torch.empty(rows, grid.in_features, dtype=packed.dtype, device=x.device)
+    for first in range(0, grid.row_blocks, row_blocks):
+        start = first * grid.chunk_rows
+        part = workspace[: min(rows, grid.out_features - start)]
+        decode_row_blocks(chunks, offsets, grid, first, min(row_blocks, grid.row_blocks - first), part)
+        dense = part.to(x.dtype).t()
+        out = y[:, start : start + part.shape[0]]
+        if bias is None:
+            torch.mm(x, dense, out=out)
+        else:
+            torch.addmm(bias[start : start + part.shape[0]], x, dense, out=out)
+    return y

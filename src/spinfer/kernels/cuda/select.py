@@ -1,0 +1,166 @@
+"""(problem, device) -> kernel configuration on CUDA: pure, so that every choice can be tested without a GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from spinfer.kernels.cuda.layout import MAX_CHUNK_NBYTES, ChunkGrid
+
+MAX_TOKENS = 128
+"""Most columns of one pass over the weight."""
+
+_TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128)
+_MAX_SLOTS = 8
+_BARRIER_NBYTES = 8 * _MAX_SLOTS * 2 + 16 * _MAX_SLOTS + 16
+_RING_PADDING = 128
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """What a selection may depend on.
+
+    Attributes:
+        capability: compute capability, (9, 0) for Hopper.
+        sm_count: multiprocessors.
+        shared_nbytes: most dynamic shared memory of one block.
+    """
+
+    capability: tuple[int, int]
+    sm_count: int
+    shared_nbytes: int
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """One pass of the fused kernel; see csrc/matmul.cuh for the schedule.
+
+    Attributes:
+        arch: what to compile for.
+        tokens: columns of the pass, a compile-time constant.
+        warps_k: warps along k; blocks_m * warps_k consumer warps.
+        grid: CTAs.
+        static_each, static_extra: chunks of each CTA's static range; the first `static_extra` CTAs have one more.
+        unit, units: chunks of a tail unit, and how many there are.
+        slots: chunks that may be in shared memory.
+        ring_nbytes: shared memory for the weight.
+        shared_nbytes: shared memory in all.
+        in_flight: copies outstanding at a time.
+    """
+
+    arch: str
+    tokens: int
+    warps_k: int
+    grid: int
+    static_each: int
+    static_extra: int
+    unit: int
+    units: int
+    slots: int
+    ring_nbytes: int
+    shared_nbytes: int
+    in_flight: int
+
+    def partials_floats(self, grid: ChunkGrid) -> int:
+        """fp32 numbers of workspace: two partials a range."""
+        return 2 * (self.grid + self.units) * grid.chunk_rows * self.tokens
+
+
+def token_tile(tokens: int) -> int:
+    """The smallest compiled number of columns that holds `tokens` (at most 128)."""
+    return next(tile for tile in _TOKEN_TILES if tile >= tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def fused_config(
+    grid: ChunkGrid,
+    nnz: int,
+    tokens: int,
+    traits: DeviceTraits,
+    *,
+    tail: float = 0.0,
+    unit: int = 1,
+    in_flight: int = 2,
+) -> FusedConfig:
+    """Configuration of one pass with 1 to 128 tokens.
+
+    Args:
+        grid: how the weight is cut.
+        nnz: its nonzeros.
+        tokens: N.
+        traits: of the device.
+        tail: share of the chunks dealt out as CTAs come to them.
+        unit: chunks of a tail unit.
+        in_flight: copies outstanding at a time.
+    """
+    tile = token_tile(tokens)
+    # 16 warps of 112 registers hold the accumulators of 32 tokens (48 spill); beyond, 8 warps of 232.
+    warps = 16 if tile <= 32 else 8
+    warps_k = warps // grid.blocks_m
+    ctas = min(traits.sm_count, grid.chunks)
+    units = int(grid.chunks * tail) // unit
+    static = grid.chunks - units * unit
+    x_nbytes = grid.blocks_k * tile * 128
+    scratch = (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
+    room = traits.shared_nbytes - scratch - _RING_PADDING - _BARRIER_NBYTES
+    chunk = grid.mean_chunk_nbytes(nnz)
+    slots = max(2, min(_MAX_SLOTS, room // (x_nbytes + chunk), (room - MAX_CHUNK_NBYTES) // x_nbytes))
+    ring = (room - slots * x_nbytes) // 128 * 128
+    return FusedConfig(
+        arch="sm_90a",
+        tokens=tile,
+        warps_k=warps_k,
+        grid=ctas,
+        static_each=static // ctas,
+        static_extra=static % ctas,
+        unit=unit,
+        units=units,
+        slots=slots,
+        ring_nbytes=ring,
+        shared_nbytes=slots * x_nbytes + ring + _RING_PADDING + scratch + _BARRIER_NBYTES,
+        in_flight=min(in_flight, slots),
+    )
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Passes of the fused kernel: (first token, configuration) each."""
+
+    passes: tuple[tuple[int, FusedConfig], ...]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decode `row_blocks` row blocks at a time into a workspace and multiply with cuBLAS."""
+
+    row_blocks: int
+
+
+_WORKSPACE_NBYTES = 512 << 20
+"""Dense rows held at a time on the decoded path: a whole matrix of any common layer, so that cuBLAS fills the GPU."""
+
+_MAX_FUSED_TOKENS = 384
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits) -> Fused | Decoded:
+    """How to compute x W^T for a weight on a GPU.
+
+    Args:
+        grid: how the weight is cut.
+        nnz: its nonzeros.
+        tokens: rows of x.
+        same_dtype: whether x has the dtype of the values.
+        traits: of the device.
+    """
+    if same_dtype and tokens <= _MAX_FUSED_TOKENS:
+        starts = range(0, tokens, MAX_TOKENS)
+        passes = ((start, fused_config(grid, nnz, min(MAX_TOKENS, tokens - start), traits)) for start in starts)
+        return Fused(tuple(passes))
+    row_nbytes = grid.chunk_rows * grid.in_features * 2
+    return Decoded(row_blocks=max(1, min(grid.row_blocks, _WORKSPACE_NBYTES // row_nbytes)))
+
+
+def code_arch(capability: tuple[int, int]) -> str:
+    """What to compile for: Hopper's own instructions on 9.0, the exact architecture elsewhere."""
+    return "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
