@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import MAX_TOKENS, Decoded, choose
 from spinfer.kernels.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from spinfer.kernels.cuda.matmul import FusedPass
 
 _VALUE_DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)
@@ -70,35 +74,50 @@ class CudaBackend:
 
         x of another dtype than the values takes the decoded path: values are converted to x's dtype, never x to theirs.
         """
-        from spinfer.kernels.cuda.runtime import device_traits
-
         index = x.device.index
-        if index != torch.cuda.current_device():
+        if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return self.linear(x, packed, bias)
-        grid = ChunkGrid.of(*packed.shape)
-        plan = choose(grid, packed.nnz, x.shape[0], x.dtype == packed.dtype, device_traits(index))
+        tokens = x.shape[0]
+        plan = _plan(packed.shape, packed.nnz, tokens, x.dtype, packed.dtype, index)
         if isinstance(plan, Decoded):
-            if x.dtype != packed.dtype:
-                _warn_once(
-                    f"x is {x.dtype} but the sparse weight {packed.dtype}: the fused kernels need one dtype, so the "
-                    "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
-                )
-            return _decoded(x, packed, bias, grid, plan.row_blocks)
-        from spinfer.kernels.cuda.matmul import fused
-
+            return _decoded(x, packed, bias, plan.row_blocks)
         chunks, offsets = packed.parts
-        y = x.new_empty(x.shape[0], packed.shape[0])
-        for start, config in plan.passes:
-            stop = start + MAX_TOKENS
-            fused(x[start:stop], chunks, offsets, bias, y[start:stop], grid, config)
+        y = x.new_empty((tokens, packed.shape[0]))
+        if len(plan) == 1:
+            plan[0](x, chunks, offsets, bias, y)
+        else:
+            for i, run in enumerate(plan):
+                part = slice(i * MAX_TOKENS, (i + 1) * MAX_TOKENS)
+                run(x[part], chunks, offsets, bias, y[part])
         return y
 
 
-def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, grid: ChunkGrid, row_blocks: int) -> Tensor:
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int
+) -> Decoded | tuple[FusedPass, ...]:
+    from spinfer.kernels.cuda.matmul import FusedPass
+    from spinfer.kernels.cuda.runtime import device_traits
+
+    grid = ChunkGrid.of(*shape)
+    choice = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index))
+    if isinstance(choice, Decoded):
+        if x_dtype != dtype:
+            _warn_once(
+                f"x is {x_dtype} but the sparse weight {dtype}: the fused kernels need one dtype, so the "
+                "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
+            )
+        return choice
+    device = torch.device("cuda", index)
+    return tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
+
+
+def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int) -> Tensor:
     """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
     from spinfer.kernels.cuda.repack import decode_row_blocks
 
+    grid = ChunkGrid.of(*packed.shape)
     chunks, offsets = packed.parts
     y = x.new_empty(x.shape[0], packed.shape[0])
     rows = min(row_blocks * grid.chunk_rows, grid.out_features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import struct
 
 import torch
@@ -10,83 +9,92 @@ from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.runtime import Kernel, TensorMaps, Workspaces, load
+from spinfer.kernels.cuda.runtime import TensorMaps, Workspaces, load
 from spinfer.kernels.cuda.select import FusedConfig
 
-_LAUNCH_ARGS = struct.Struct("128s7Q13i")
-"""LaunchArgs of matmul_sm90.cu: tensor map, then MatmulArgs of matmul.cuh."""
+_POINTERS = struct.Struct("128s7Q2i")
+_CONSTANTS = struct.Struct("7i")
+"""LaunchArgs of matmul_sm90.cu: tensor map and MatmulArgs of matmul.cuh, split into what changes from call to call
+and what does not."""
 
 _tensor_maps = TensorMaps()
 _workspaces = Workspaces()
 
 
-@functools.lru_cache(maxsize=1024)
-def _kernel(config: FusedConfig, blocks_m: int, dtype: torch.dtype) -> Kernel:
-    defines = {
-        "SPINFER_BF16": int(dtype == torch.bfloat16),
-        "SPINFER_BLOCKS_M": blocks_m,
-        "SPINFER_TOKENS": config.tokens,
-        "SPINFER_WARPS_K": config.warps_k,
-    }
-    return load(KernelSource("matmul_sm90.cu", config.arch, tuple(defines.items())), "spinfer_matmul")
-
-
-def _tma_ready(x: Tensor) -> Tensor:
-    """`x`, or a copy of it whose rows start at multiples of 16 bytes, as TMA wants them."""
-    if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]:
-        return x
-    padded = x.new_empty(x.shape[0], -(-x.shape[1] // 8) * 8)[:, : x.shape[1]]
-    return padded.copy_(x)
-
-
-def fused(
-    x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor, grid: ChunkGrid, config: FusedConfig
-) -> None:
-    """Write y = x W^T + bias, one pass; the current device is x's.
+class FusedPass:
+    """One kernel with everything that does not change from call to call worked out, for a device and a configuration.
 
     Args:
-        x: (tokens, K), last stride 1, dtype of the values.
-        chunks: the weight.
-        offsets: of its chunks.
-        bias: (M,), dtype of the values, or None.
-        y: (tokens, M), contiguous.
         grid: how the weight is cut.
-        config: for at least as many tokens.
+        config: tile of tokens, warps, shared memory.
+        dtype: of the values, x, bias and y.
+        device: where it runs.
     """
-    kernel = _kernel(config, grid.blocks_m, x.dtype)
-    x = _tma_ready(x)
-    tokens, in_features = x.shape
-    index = x.device.index
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    partials, counters = _workspaces.get(x.device, stream, config.partials_floats(grid), 1 + grid.row_blocks)
-    stride = x.stride(0) if tokens > 1 else -(-in_features // 8) * 8
-    address = x.data_ptr()
-    kernel.launch(
-        index,
-        config.grid,
-        config.warps_k * grid.blocks_m * 32 + 128,
-        config.shared_nbytes,
-        _LAUNCH_ARGS,
-        _tensor_maps.get(address, tokens, in_features, stride, config.tokens),
-        chunks.data_ptr(),
-        offsets.data_ptr(),
-        address,
-        y.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        partials.data_ptr(),
-        counters.data_ptr(),
-        tokens,
-        grid.out_features,
-        in_features,
-        stride,
-        grid.chunks_k,
-        grid.chunks,
-        config.static_each,
-        config.static_extra,
-        config.unit,
-        config.units,
-        config.slots,
-        config.ring_nbytes,
-        config.in_flight,
-        dependent=True,
-    )
+
+    def __init__(self, grid: ChunkGrid, config: FusedConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._kernel = load(self.source(grid, config, dtype), "spinfer_matmul")
+        self._device = device
+        self._box_rows = config.tokens
+        self._padded = -(-grid.in_features // 8) * 8
+        self._launch_shape = (
+            device.index,
+            config.ctas,
+            config.warps_k * grid.blocks_m * 32 + 128,
+            config.shared_nbytes,
+        )
+        self._floats = config.partials_floats(grid)
+        self._row_blocks = grid.row_blocks
+        self._constants = _CONSTANTS.pack(
+            grid.out_features,
+            grid.in_features,
+            grid.chunks_k,
+            grid.chunks,
+            config.slots,
+            config.ring_nbytes,
+            config.in_flight,
+        )
+
+    @staticmethod
+    def source(grid: ChunkGrid, config: FusedConfig, dtype: torch.dtype) -> KernelSource:
+        """What to compile for a configuration."""
+        defines = {
+            "SPINFER_BF16": int(dtype == torch.bfloat16),
+            "SPINFER_BLOCKS_M": grid.blocks_m,
+            "SPINFER_TOKENS": config.tokens,
+            "SPINFER_WARPS_K": config.warps_k,
+            "SPINFER_STEPS": config.steps,
+        }
+        return KernelSource("matmul_sm90.cu", config.arch, tuple(defines.items()))
+
+    def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Write y = x W^T + bias on the current stream; the current device must be x's.
+
+        Args:
+            x: (tokens, K), last stride 1.
+            chunks: the weight.
+            offsets: of its chunks.
+            bias: (M,), or None.
+            y: (tokens, M), contiguous.
+        """
+        tokens, in_features = x.shape
+        stride, address = x.stride(0), x.data_ptr()
+        if tokens == 1:
+            stride = self._padded
+        if address % 16 or stride % 8 or stride < in_features:  # TMA wants rows that start at multiples of 16 bytes
+            x = x.new_empty(tokens, self._padded)[:, :in_features].copy_(x)
+            stride, address = self._padded, x.data_ptr()
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        partials, arrivals = _workspaces.get(self._device, stream, self._floats, self._row_blocks)
+        arguments = _POINTERS.pack(
+            _tensor_maps.get(address, tokens, in_features, stride, self._box_rows),
+            chunks.data_ptr(),
+            offsets.data_ptr(),
+            address,
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            partials.data_ptr(),
+            arrivals.data_ptr(),
+            stride,
+            tokens,
+        )
+        self._kernel.launch(*self._launch_shape, stream, arguments + self._constants, dependent=True)

@@ -46,23 +46,26 @@ def _launch(
     source = KernelSource("repack.cu", code_arch(traits.capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
     count = (grid.row_blocks if row_blocks is None else row_blocks) * grid.chunks_k
     parts = (bitmap, group_offsets, values, chunks, offsets, sizes, dense)
+    arguments = _REPACK_ARGS.pack(
+        *(0 if part is None else part.data_ptr() for part in parts),
+        0 if dense is None else dense.stride(0),
+        grid.out_features,
+        grid.in_features,
+        geometry.group_rows,
+        geometry.group_cols,
+        grid.chunks_k,
+        first_row_block * grid.chunks_k,
+        count,
+        first_row_block * grid.chunk_rows,
+    )
     with torch.cuda.device(index):
         load(source, name).launch(
             index,
             min(count, traits.sm_count * _CTAS_A_SM),
             _THREADS,
             shared,
-            _REPACK_ARGS,
-            *(0 if part is None else part.data_ptr() for part in parts),
-            0 if dense is None else dense.stride(0),
-            grid.out_features,
-            grid.in_features,
-            geometry.group_rows,
-            geometry.group_cols,
-            grid.chunks_k,
-            first_row_block * grid.chunks_k,
-            count,
-            first_row_block * grid.chunk_rows,
+            torch._C._cuda_getCurrentRawStream(index),
+            arguments,
         )
 
 

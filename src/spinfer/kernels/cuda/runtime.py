@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -54,7 +53,8 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         driver = _driver()
         self.arguments = ctypes.create_string_buffer(512)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.arguments))
+        self.arguments_address = ctypes.addressof(self.arguments)
+        self.pointers = (ctypes.c_void_p * 1)(self.arguments_address)
         self.pointers_address = ctypes.addressof(self.pointers)
         serialization = driver.CUlaunchAttribute()
         serialization.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -109,26 +109,37 @@ class Kernel:
     def launch(
         self,
         index: int,
-        grid: int,
+        ctas: int,
         threads: int,
         shared: int,
-        layout: struct.Struct,
-        *values: Any,
+        stream: int,
+        arguments: bytes,
+        *,
         dependent: bool = False,
     ) -> None:
-        """Launch on torch's current stream of device `index`, which must be the current device."""
+        """Launch on a stream of device `index`, which must be the current device.
+
+        Args:
+            index: of the device.
+            ctas: thread blocks.
+            threads: of each.
+            shared: bytes of dynamic shared memory of each.
+            stream: raw handle.
+            arguments: the kernel's struct.
+            dependent: whether the kernel may start while its predecessor still runs (it waits where it must).
+        """
         if self._shared.get(index, 0) < shared:
             device = _check(self._driver.cuDeviceGet(index), "cuDeviceGet")
             attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(self._driver.cuKernelSetAttribute(attribute, shared, self._handle, device), "cuKernelSetAttribute")
             self._shared[index] = shared
         state = _thread_state()
-        layout.pack_into(state.arguments, 0, *values)
+        ctypes.memmove(state.arguments_address, arguments, len(arguments))
         config = state.configs[dependent]
-        config.gridDimX = grid
+        config.gridDimX = ctas
         config.blockDimX = threads
         config.sharedMemBytes = shared
-        config.hStream = torch._C._cuda_getCurrentRawStream(index)
+        config.hStream = stream
         status = self._driver.cuLaunchKernelEx(config, self._handle, state.pointers_address, 0)[0]
         if status:
             raise LaunchError(f"launching {self._kernel} failed: {status.name}")

@@ -12,7 +12,7 @@ MAX_TOKENS = 128
 
 _TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128)
 _MAX_SLOTS = 8
-_BARRIER_NBYTES = 8 * _MAX_SLOTS * 2 + 16 * _MAX_SLOTS + 16
+_BARRIER_NBYTES = 1024
 _RING_PADDING = 128
 
 
@@ -39,9 +39,8 @@ class FusedConfig:
         arch: what to compile for.
         tokens: columns of the pass, a compile-time constant.
         warps_k: warps along k; blocks_m * warps_k consumer warps.
-        grid: CTAs.
-        static_each, static_extra: chunks of each CTA's static range; the first `static_extra` CTAs have one more.
-        unit, units: chunks of a tail unit, and how many there are.
+        steps: steps of 16 columns decoded before their products are issued.
+        ctas: how many; each takes a range of consecutive chunks.
         slots: chunks that may be in shared memory.
         ring_nbytes: shared memory for the weight.
         shared_nbytes: shared memory in all.
@@ -51,11 +50,8 @@ class FusedConfig:
     arch: str
     tokens: int
     warps_k: int
-    grid: int
-    static_each: int
-    static_extra: int
-    unit: int
-    units: int
+    steps: int
+    ctas: int
     slots: int
     ring_nbytes: int
     shared_nbytes: int
@@ -63,7 +59,7 @@ class FusedConfig:
 
     def partials_floats(self, grid: ChunkGrid) -> int:
         """fp32 numbers of workspace: two partials a range."""
-        return 2 * (self.grid + self.units) * grid.chunk_rows * self.tokens
+        return 2 * self.ctas * grid.chunk_rows * self.tokens
 
 
 def token_tile(tokens: int) -> int:
@@ -71,15 +67,14 @@ def token_tile(tokens: int) -> int:
     return next(tile for tile in _TOKEN_TILES if tile >= tokens)
 
 
-@functools.lru_cache(maxsize=4096)
 def fused_config(
     grid: ChunkGrid,
     nnz: int,
     tokens: int,
     traits: DeviceTraits,
     *,
-    tail: float = 0.0,
-    unit: int = 1,
+    warps: int | None = None,
+    steps: int | None = None,
     in_flight: int = 2,
 ) -> FusedConfig:
     """Configuration of one pass with 1 to 128 tokens.
@@ -89,17 +84,17 @@ def fused_config(
         nnz: its nonzeros.
         tokens: N.
         traits: of the device.
-        tail: share of the chunks dealt out as CTAs come to them.
-        unit: chunks of a tail unit.
-        in_flight: copies outstanding at a time.
+        warps: consumer warps, 16 or 8, instead of the choice.
+        steps: of `FusedConfig`, instead of the choice.
+        in_flight: copies of the weight outstanding at a time.
     """
     tile = token_tile(tokens)
     # 16 warps of 112 registers hold the accumulators of 32 tokens (48 spill); beyond, 8 warps of 232.
-    warps = 16 if tile <= 32 else 8
+    if warps is None:
+        warps = 16 if tile <= 32 else 8
+    if steps is None:
+        steps = 1
     warps_k = warps // grid.blocks_m
-    ctas = min(traits.sm_count, grid.chunks)
-    units = int(grid.chunks * tail) // unit
-    static = grid.chunks - units * unit
     x_nbytes = grid.blocks_k * tile * 128
     scratch = (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
     room = traits.shared_nbytes - scratch - _RING_PADDING - _BARRIER_NBYTES
@@ -110,11 +105,8 @@ def fused_config(
         arch="sm_90a",
         tokens=tile,
         warps_k=warps_k,
-        grid=ctas,
-        static_each=static // ctas,
-        static_extra=static % ctas,
-        unit=unit,
-        units=units,
+        steps=steps,
+        ctas=min(traits.sm_count, grid.chunks),
         slots=slots,
         ring_nbytes=ring,
         shared_nbytes=slots * x_nbytes + ring + _RING_PADDING + scratch + _BARRIER_NBYTES,
@@ -124,9 +116,9 @@ def fused_config(
 
 @dataclass(frozen=True)
 class Fused:
-    """Passes of the fused kernel: (first token, configuration) each."""
+    """Passes of the fused kernel over MAX_TOKENS tokens each; the last has what remains."""
 
-    passes: tuple[tuple[int, FusedConfig], ...]
+    passes: tuple[FusedConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -155,8 +147,7 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
     """
     if same_dtype and tokens <= _MAX_FUSED_TOKENS:
         starts = range(0, tokens, MAX_TOKENS)
-        passes = ((start, fused_config(grid, nnz, min(MAX_TOKENS, tokens - start), traits)) for start in starts)
-        return Fused(tuple(passes))
+        return Fused(tuple(fused_config(grid, nnz, min(MAX_TOKENS, tokens - start), traits) for start in starts))
     row_nbytes = grid.chunk_rows * grid.in_features * 2
     return Decoded(row_blocks=max(1, min(grid.row_blocks, _WORKSPACE_NBYTES // row_nbytes)))
 

@@ -1,11 +1,9 @@
 // What the matmul kernels share: their arguments, how chunks are dealt out, and how partial sums meet.
 //
-// Chunks 0 .. T - 1 are dealt in ranges. The first ranges are static, one a CTA, of `static_each` chunks (one more
-// for the first `static_extra`); the rest are tail units of `unit` chunks that CTAs take when they come to them, because
-// SMs do not all get the same bandwidth. A segment is the part of a range that lies in one row block (kChunkRows rows).
-// A segment that covers its row block writes y; any other writes an fp32 partial, and the last CTA to arrive at a row
-// block sums its partials in the order of the ranges. The sums are therefore the same whoever computes them, and no CTA
-// ever waits for another.
+// Chunks 0 .. T - 1 are dealt in order, one range of consecutive chunks a CTA. A segment is the part of a range that lies in
+// one row block (kChunkRows rows). A segment that covers its row block writes y; any other writes an fp32 partial, and the
+// last CTA to arrive at a row block sums its partials in the order of the ranges. The sums are therefore the same whoever
+// computes them, and no CTA ever waits for another.
 #pragma once
 #include "common.cuh"
 #include "layout.cuh"
@@ -23,44 +21,28 @@ struct MatmulArgs {
   const u16* x;         // (tokens, x_stride)
   u16* y;               // (tokens, M)
   const u16* bias;      // [M] or null
-  float* partials;      // [2 ranges][kChunkRows kTokens]
-  u32* counters;        // [0] next tail unit, [1 + row block] arrivals; all zero between launches
-  i32 tokens, out_features, in_features, x_stride;
+  float* partials;      // [2 gridDim.x][kChunkRows kTokens]
+  u32* arrivals;        // [row blocks], all zero between launches
+  i32 x_stride, tokens;
+  i32 out_features, in_features;
   i32 chunks_k, chunks;
-  i32 static_each, static_extra, unit, units;
   i32 slots, ring, in_flight;
 };
 
 struct Range {
   i32 index, begin, end;
 };
-
-__device__ __forceinline__ i32 static_begin(const MatmulArgs& p, i32 cta) {
-  return cta * p.static_each + min(cta, p.static_extra);
-}
-__device__ __forceinline__ Range static_range(const MatmulArgs& p, i32 cta) {
-  return {cta, static_begin(p, cta), static_begin(p, cta + 1)};
-}
-// Static ranges that hold chunks; ranges are numbered without gaps, for the partials of a row block are counted by number.
-__device__ __forceinline__ i32 static_ranges(const MatmulArgs& p) {
-  return p.static_each ? static_cast<i32>(gridDim.x) : p.static_extra;
-}
-__device__ __forceinline__ Range tail_range(const MatmulArgs& p, i32 unit) {
-  const i32 ranges = static_ranges(p);
-  const i32 begin = static_begin(p, ranges) + unit * p.unit;
-  return {ranges + unit, begin, min(begin + p.unit, p.chunks)};
-}
+// The first T % gridDim.x CTAs take one chunk more. gridDim.x <= T.
 __device__ __forceinline__ Range range_at(const MatmulArgs& p, i32 index) {
-  const i32 ranges = static_ranges(p);
-  return index < ranges ? static_range(p, index) : tail_range(p, index - ranges);
+  const i32 each = p.chunks / static_cast<i32>(gridDim.x), extra = p.chunks % static_cast<i32>(gridDim.x);
+  const i32 begin = index * each + min(index, extra);
+  return {index, begin, begin + each + (index < extra)};
 }
 // The range that holds a chunk.
 __device__ __forceinline__ Range range_of(const MatmulArgs& p, i32 chunk) {
-  const i32 tail = static_begin(p, static_ranges(p));
-  if (chunk >= tail) return tail_range(p, (chunk - tail) / p.unit);
-  const i32 longer = p.static_extra * (p.static_each + 1);
-  const i32 cta = chunk < longer ? chunk / (p.static_each + 1) : p.static_extra + (chunk - longer) / p.static_each;
-  return static_range(p, cta);
+  const i32 each = p.chunks / static_cast<i32>(gridDim.x), extra = p.chunks % static_cast<i32>(gridDim.x);
+  const i32 longer = extra * (each + 1);
+  return range_at(p, chunk < longer ? chunk / (each + 1) : extra + (chunk - longer) / each);
 }
 
 constexpr int kPartialFloats = kChunkRows * kTokens;
@@ -97,9 +79,9 @@ __device__ __forceinline__ bool arrive_last(const MatmulArgs& p, i32 row_block, 
     const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
     __threadfence();
     u32 before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.counters + 1 + row_block) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + row_block) : "memory");
     const bool last = before == parts - 1;
-    if (last) p.counters[1 + row_block] = 0;
+    if (last) p.arrivals[row_block] = 0;
     __threadfence();
     sts_u32(flag, last);
   }
