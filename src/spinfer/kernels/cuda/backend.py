@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.select import MAX_TOKENS, Decoded, choose
+from spinfer.kernels.cuda.select import Decoded, choose
 from spinfer.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -84,11 +84,12 @@ class CudaBackend:
             return _decoded(x, packed, bias, plan.row_blocks)
         chunks, offsets = packed.parts
         y = x.new_empty((tokens, packed.shape[0]))
-        if len(plan) == 1:
-            plan[0](x, chunks, offsets, bias, y)
+        step, passes = plan
+        if len(passes) == 1:
+            passes[0](x, chunks, offsets, bias, y)
         else:
-            for i, run in enumerate(plan):
-                part = slice(i * MAX_TOKENS, (i + 1) * MAX_TOKENS)
+            for i, run in enumerate(passes):
+                part = slice(i * step, (i + 1) * step)
                 run(x[part], chunks, offsets, bias, y[part])
         return y
 
@@ -96,7 +97,7 @@ class CudaBackend:
 @functools.lru_cache(maxsize=4096)
 def _plan(
     shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int
-) -> Decoded | tuple[FusedPass, ...]:
+) -> Decoded | tuple[int, tuple[FusedPass, ...]]:
     from spinfer.kernels.cuda.matmul import FusedPass
     from spinfer.kernels.cuda.runtime import device_traits
 
@@ -110,7 +111,7 @@ def _plan(
             )
         return choice
     device = torch.device("cuda", index)
-    return tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
+    return choice.step, tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
 
 
 def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int) -> Tensor:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from spinfer.kernels.cuda.layout import MAX_CHUNK_NBYTES, ChunkGrid
+from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, ChunkGrid
 
 MAX_TOKENS = 128
 """Most columns of one pass over the weight."""
 
 _TOKEN_TILES = (8, 16, 24, 32, 48, 64, 96, 128)
 _MAX_SLOTS = 8
+_PORTABLE_TILES = (8, 16, 32)
+_PORTABLE_WARPS = 8
+
+_MOST_HOPPER = 384
+"""Most tokens of the fused path. Measured on an H100 at 60 %: 28672 x 8192 takes 177 us a pass of 128 tokens, and
+335 us to decode plus cuBLAS's own time, so three passes are ahead of decoding and four are not."""
+
+_MOST_PORTABLE = 64
+"""Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
+
+_WORKSPACE_NBYTES = 512 << 20
+"""Dense rows held at a time on the decoded path: a whole matrix of any common layer, so that cuBLAS fills the GPU."""
+
 _BARRIER_NBYTES = 1024
 _RING_PADDING = 128
 
@@ -32,11 +45,10 @@ class DeviceTraits:
 
 
 @dataclass(frozen=True)
-class FusedConfig:
-    """One pass of the fused kernel; see csrc/matmul.cuh for the schedule.
+class HopperConfig:
+    """One pass of csrc/matmul_sm90.cu.
 
     Attributes:
-        arch: what to compile for.
         tokens: columns of the pass, a compile-time constant.
         warps_k: warps along k; blocks_m * warps_k consumer warps.
         steps: steps of 16 columns decoded before their products are issued.
@@ -47,7 +59,6 @@ class FusedConfig:
         in_flight: copies outstanding at a time.
     """
 
-    arch: str
     tokens: int
     warps_k: int
     steps: int
@@ -57,9 +68,26 @@ class FusedConfig:
     shared_nbytes: int
     in_flight: int
 
-    def partials_floats(self, grid: ChunkGrid) -> int:
-        """fp32 numbers of workspace: two partials a range."""
-        return 2 * self.ctas * grid.chunk_rows * self.tokens
+
+@dataclass(frozen=True)
+class PortableConfig:
+    """One pass of csrc/matmul_portable.cu.
+
+    Attributes:
+        arch: what to compile for.
+        tokens: columns of the pass, a compile-time constant.
+        ctas: how many; each takes a range of consecutive chunks.
+        shared_nbytes: shared memory of each.
+    """
+
+    arch: str
+    tokens: int
+    ctas: int
+    shared_nbytes: int
+
+
+def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
+    return (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
 
 
 def token_tile(tokens: int) -> int:
@@ -67,7 +95,7 @@ def token_tile(tokens: int) -> int:
     return next(tile for tile in _TOKEN_TILES if tile >= tokens)
 
 
-def fused_config(
+def hopper_config(
     grid: ChunkGrid,
     nnz: int,
     tokens: int,
@@ -76,7 +104,7 @@ def fused_config(
     warps: int | None = None,
     steps: int | None = None,
     in_flight: int = 2,
-) -> FusedConfig:
+) -> HopperConfig:
     """Configuration of one pass with 1 to 128 tokens.
 
     Args:
@@ -85,7 +113,7 @@ def fused_config(
         tokens: N.
         traits: of the device.
         warps: consumer warps, 16 or 8, instead of the choice.
-        steps: of `FusedConfig`, instead of the choice.
+        steps: of `HopperConfig`, instead of the choice.
         in_flight: copies of the weight outstanding at a time.
     """
     tile = token_tile(tokens)
@@ -93,16 +121,15 @@ def fused_config(
     if warps is None:
         warps = 16 if tile <= 32 else 8
     if steps is None:
-        steps = 1
+        steps = 2 if 32 < tile < 128 else 1
     warps_k = warps // grid.blocks_m
     x_nbytes = grid.blocks_k * tile * 128
-    scratch = (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
+    scratch = _scratch_nbytes(grid, warps_k, tile)
     room = traits.shared_nbytes - scratch - _RING_PADDING - _BARRIER_NBYTES
     chunk = grid.mean_chunk_nbytes(nnz)
     slots = max(2, min(_MAX_SLOTS, room // (x_nbytes + chunk), (room - MAX_CHUNK_NBYTES) // x_nbytes))
     ring = (room - slots * x_nbytes) // 128 * 128
-    return FusedConfig(
-        arch="sm_90a",
+    return HopperConfig(
         tokens=tile,
         warps_k=warps_k,
         steps=steps,
@@ -114,11 +141,27 @@ def fused_config(
     )
 
 
+def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> PortableConfig:
+    """Configuration of one pass with 1 to 32 tokens on a GPU other than Hopper."""
+    tile = next(tile for tile in _PORTABLE_TILES if tile >= tokens)
+    warps_k = _PORTABLE_WARPS // grid.blocks_m
+    buffers = 2 * _PORTABLE_WARPS * (256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32)
+    shared = buffers + _scratch_nbytes(grid, warps_k, tile) + 16
+    ctas_a_sm = 2 if traits.shared_nbytes >= 2 * shared else 1
+    return PortableConfig(
+        arch=code_arch(traits.capability),
+        tokens=tile,
+        ctas=min(traits.sm_count * ctas_a_sm, grid.chunks),
+        shared_nbytes=shared,
+    )
+
+
 @dataclass(frozen=True)
 class Fused:
-    """Passes of the fused kernel over MAX_TOKENS tokens each; the last has what remains."""
+    """Passes of a fused kernel over `step` tokens each; the last has what remains."""
 
-    passes: tuple[FusedConfig, ...]
+    step: int
+    passes: tuple[HopperConfig, ...] | tuple[PortableConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -126,12 +169,6 @@ class Decoded:
     """Decode `row_blocks` row blocks at a time into a workspace and multiply with cuBLAS."""
 
     row_blocks: int
-
-
-_WORKSPACE_NBYTES = 512 << 20
-"""Dense rows held at a time on the decoded path: a whole matrix of any common layer, so that cuBLAS fills the GPU."""
-
-_MAX_FUSED_TOKENS = 384
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,9 +182,13 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
         same_dtype: whether x has the dtype of the values.
         traits: of the device.
     """
-    if same_dtype and tokens <= _MAX_FUSED_TOKENS:
-        starts = range(0, tokens, MAX_TOKENS)
-        return Fused(tuple(fused_config(grid, nnz, min(MAX_TOKENS, tokens - start), traits) for start in starts))
+    hopper = traits.capability == (9, 0)
+    most, step = (_MOST_HOPPER, MAX_TOKENS) if hopper else (_MOST_PORTABLE, _PORTABLE_TILES[-1])
+    if same_dtype and tokens <= most:
+        parts = [min(step, tokens - start) for start in range(0, tokens, step)]
+        if hopper:
+            return Fused(step, tuple(hopper_config(grid, nnz, part, traits) for part in parts))
+        return Fused(step, tuple(portable_config(grid, part, traits) for part in parts))
     row_nbytes = grid.chunk_rows * grid.in_features * 2
     return Decoded(row_blocks=max(1, min(grid.row_blocks, _WORKSPACE_NBYTES // row_nbytes)))
 

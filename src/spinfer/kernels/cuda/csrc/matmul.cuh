@@ -26,23 +26,21 @@ struct MatmulArgs {
   i32 x_stride, tokens;
   i32 out_features, in_features;
   i32 chunks_k, chunks;
+  i32 each, extra;  // chunks a CTA; the first `extra` CTAs take one more
   i32 slots, ring, in_flight;
 };
 
 struct Range {
   i32 index, begin, end;
 };
-// The first T % gridDim.x CTAs take one chunk more. gridDim.x <= T.
 __device__ __forceinline__ Range range_at(const MatmulArgs& p, i32 index) {
-  const i32 each = p.chunks / static_cast<i32>(gridDim.x), extra = p.chunks % static_cast<i32>(gridDim.x);
-  const i32 begin = index * each + min(index, extra);
-  return {index, begin, begin + each + (index < extra)};
+  const i32 begin = index * p.each + min(index, p.extra);
+  return {index, begin, begin + p.each + (index < p.extra)};
 }
-// The range that holds a chunk.
+// The range that holds a chunk. There are no more CTAs than chunks, so none is empty.
 __device__ __forceinline__ Range range_of(const MatmulArgs& p, i32 chunk) {
-  const i32 each = p.chunks / static_cast<i32>(gridDim.x), extra = p.chunks % static_cast<i32>(gridDim.x);
-  const i32 longer = extra * (each + 1);
-  return range_at(p, chunk < longer ? chunk / (each + 1) : extra + (chunk - longer) / each);
+  const i32 longer = p.extra * (p.each + 1);
+  return range_at(p, chunk < longer ? chunk / (p.each + 1) : p.extra + (chunk - longer) / p.each);
 }
 
 constexpr int kPartialFloats = kChunkRows * kTokens;

@@ -74,7 +74,7 @@ __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepco
 
 // Addresses in shared memory. All but the ring's are constants from the start: registers are short.
 constexpr u32 kLanded = 0, kXLanded = 8 * kMaxSlots, kEmpty = 16 * kMaxSlots;  // barriers of each slot
-constexpr u32 kNotes = 24 * kMaxSlots;  // of each slot: {chunk's address, flags, row block, -}
+constexpr u32 kNotes = 24 * kMaxSlots;  // of each slot: {flags, row block, address of the next chunk, -}
 constexpr u32 kFlag = 40 * kMaxSlots;
 constexpr u32 kScratch = 1024;
 constexpr u32 kX = kScratch + scratch_bytes(kWarpsK);  // 1024-byte aligned, for the swizzle
@@ -101,7 +101,7 @@ struct WeightProducer {
     row_block = range.begin / p.chunks_k;
     row_end = (row_block + 1) * p.chunks_k;
   }
-  // Offsets of the 32 chunks from `chunk` on, one a lane.
+  // Offsets of the 32 chunks from `chunk` on, one a lane. Each load serves 31: issuing a chunk takes the next one's size.
   __device__ __forceinline__ void load_offsets(i32 chunk) {
     const i32 i = min(chunk + lane, p.chunks - 1);
     offset = __ldg(p.offsets + i);
@@ -126,8 +126,8 @@ struct WeightProducer {
   __device__ __forceinline__ void issue(i32 chunk, int from) {
     const i32 begin = __shfl_sync(~0u, offset, from);
     const u32 bytes = bytes_of(from);
+    const u32 following = bytes_of(from + 1);
     const bool ends_range = chunk + 1 == range.end;
-    const u32 following = ends_range ? 0 : from == 31 ? kMaxChunkBytes : bytes_of(from + 1);
     // With all slots issued at once the first chunk lands only when nearly all of them have (10 us instead of 3.9).
     if (chunk - range.begin >= p.in_flight) limit_in_flight();
     if (at + bytes > static_cast<u32>(p.ring)) {
@@ -139,11 +139,12 @@ struct WeightProducer {
     }
     while (held >= p.slots || head + bytes - tail > static_cast<u32>(p.ring)) wait_released();
     const bool ends_row = chunk + 1 == row_end;
+    const u32 next_at = at + bytes + following <= static_cast<u32>(p.ring) ? at + bytes : 0;
     // Consumers open a chunk before they give back the one before it; they must not if the ring cannot hold both.
-    const bool both_fit = at + bytes + following <= static_cast<u32>(p.ring) || following <= at;
+    const bool both_fit = next_at || following <= at;
     if (lane == 0) {
-      const u32 flags = (ends_range ? kEndOfWork : 0) | (ends_range || ends_row ? kEndOfSegment : 0) | (both_fit ? 0 : kReleaseFirst);
-      sts_v4(start + kNotes + 16 * slot, ring() + at, flags, row_block, 0);
+      const u32 flags = (ends_range || ends_row ? kEndOfSegment : 0) | (both_fit ? 0 : kReleaseFirst);
+      sts_v4(start + kNotes + 16 * slot, flags, row_block, ring() + next_at, 0);
       mbarrier_expect(start + kLanded + 8 * slot, bytes);
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -160,9 +161,20 @@ struct WeightProducer {
     held++;
   }
   __device__ __forceinline__ void run() {
-    for (i32 i = 0; i < range.end - range.begin; i++) {
-      if (i && (i & 31) == 0) load_offsets(range.begin + i);
-      issue(range.begin + i, i & 31);
+    int from = 0;
+    for (i32 chunk = range.begin; chunk < range.end; chunk++, from++) {
+      if (from == 31) {
+        load_offsets(chunk);
+        from = 0;
+      }
+      issue(chunk, from);
+    }
+    // One more note, of no chunk, says that the work is done.
+    while (held >= p.slots) wait_released();
+    if (lane == 0) {
+      sts_v4(start + kNotes + 16 * slot, kEndOfWork, 0, 0, 0);
+      mbarrier_arrive(start + kLanded + 8 * slot);
+      mbarrier_arrive(start + kXLanded + 8 * slot);
     }
   }
 };
@@ -190,12 +202,13 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
 }
 
 struct Note {
-  u32 chunk, flags;
+  u32 flags;
   i32 row_block;
+  u32 next_chunk;
 };
 __device__ __forceinline__ Note read_note(u32 address) {
   const uint4 v = lds_v4(address);
-  return {v.x, v.y, static_cast<i32>(v.z)};
+  return {v.x, static_cast<i32>(v.y), v.z};
 }
 
 // What one warp multiplies: its blocks of every chunk of the range.
@@ -209,9 +222,11 @@ struct Consumer {
   float acc[2][kTiles][4];
   BlockState state;  // of the block to multiply next
   Note note;         // of the chunk it is in
+  u32 chunk_at;      // its shared address
   int slot = 0;
   u32 parity = 0, x;
 #if SPINFER_WGMMA
+  u32 to_release = 0;  // barrier of a slot that the latest products may still read
   u32 a[2][kStepsAGroup][2][4];
 #else
   const u32 x_lane;  // row lane % 8, 16-byte column lane / 8, swizzled
@@ -241,26 +256,19 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
   }
-  // Waits for the chunk in `slot` and reads the masks of this warp's first block in it.
-  __device__ __forceinline__ void load_chunk(Note& note, BlockState& state) const {
+  // Waits for the chunk in `slot` and its x, and reads the masks of this warp's first block in it.
+  __device__ __forceinline__ void load_chunk(Note& note, BlockState& state, u32 chunk) const {
     mbarrier_wait(start + kLanded + 8 * slot, parity);
+    decoder.load(state, chunk, first_block, lane);
     note = read_note(start + kNotes + 16 * slot);
-    decoder.load(state, note.chunk, first_block, lane);
+    // This wait ends a basic block; without that the masks would be loaded, and the next block opened, last of all.
+    mbarrier_wait(start + kXLanded + 8 * slot, parity);
   }
   __device__ __forceinline__ void next_slot() {
     x += kXBytes;
     if (++slot == p.slots) slot = 0, parity ^= 1, x = x_first;
   }
 #if SPINFER_WGMMA
-  // Keeps the compiler from copying accumulators while a wgmma may still write them; it would then serialise them all.
-  __device__ __forceinline__ void pin_accumulators() {
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-#pragma unroll
-      for (int n = 0; n < kTiles; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(acc[r][n][i])::"memory");
-  }
   __device__ __forceinline__ void multiply(u32 x_block, int s) {
     u32(&fragments)[kStepsAGroup][2][4] = a[s / kStepsAGroup % 2];
     decoder.fragments(fragments[s % kStepsAGroup], state, s);
@@ -290,56 +298,93 @@ struct Consumer {
         mma_m16n8k16(acc[r][n], fragment[r], (s & 1) ? bx[n].z : bx[n].x, (s & 1) ? bx[n].w : bx[n].y);
   }
 #endif
-  // Multiplies this warp's blocks of one chunk; with kAhead the next chunk is opened meanwhile.
+  // Multiplies this warp's blocks of one chunk. With kAhead the next chunk is opened meanwhile; without, this one is given
+  // back first.
   template <bool kAhead>
-  __device__ __forceinline__ void chunk() {
-    const u32 empty = start + kEmpty + 8 * slot;
-    const u32 x_now = x, x_landed = start + kXLanded + 8 * slot, x_parity = parity;
-    next_slot();
-    Note next;
+  __device__ __forceinline__ void chunk(Note& next) {
+    const u32 empty = start + kEmpty + 8 * slot, x_now = x;
     BlockState ahead;
-    if (kAhead) load_chunk(next, ahead);
-    // The wait ends a basic block: the prefix sums of the next block can then be scheduled among the gathers of this one.
-    mbarrier_wait(x_landed, x_parity);
-#if SPINFER_WGMMA
-    pin_accumulators();
+    const u32 chunk_now = chunk_at, next_at = note.next_chunk;
+    next_slot();
+#if !SPINFER_WGMMA
+    if (kAhead) load_chunk(next, ahead, next_at);
 #endif
 #pragma unroll
     for (int b = 0; b < kBlocksAWarp; b++) {
+      const u32 x_block = x_now + b * kBoxBytes;
       BlockState opened;
+#if SPINFER_WGMMA
+      // The slot before is given back only now, when its last products have had this step's decoding to complete.
+      multiply(x_block, 0);
+      if (b == 0 && to_release) {
+        give_back(to_release);
+        to_release = 0;
+      }
+      if (b + 1 == kBlocksAWarp && kAhead) load_chunk(next, ahead, next_at);
+#endif
       if (b + 1 < kBlocksAWarp) {
-        decoder.load(opened, note.chunk, first_block + (b + 1) * kBlocksM, lane);
+        decoder.load(opened, chunk_now, first_block + (b + 1) * kBlocksM, lane);
         decoder.open(opened);
       } else if (kAhead) {
         opened = ahead;
         decoder.open(opened);
       }
 #pragma unroll
-      for (int s = 0; s < 4; s++) multiply(x_now + b * kBoxBytes, s);
+      for (int s = SPINFER_WGMMA; s < 4; s++) multiply(x_block, s);
       state = opened;
     }
+    chunk_at = next_at;
 #if SPINFER_WGMMA
+    if (kAhead) {
+      to_release = empty;
+      return;
+    }
     wgmma_wait<0>();
-    pin_accumulators();
+    to_release = 0;
 #endif
+    give_back(empty);
+#if SPINFER_WGMMA
+    open_next(next);
+#endif
+  }
+  __device__ __forceinline__ void give_back(u32 empty) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty);
-    if (kAhead) note = next;
+  }
+  __device__ __forceinline__ void open_next(Note& next) {
+    load_chunk(next, state, chunk_at);
+    decoder.open(state);
   }
   __device__ __forceinline__ void run() {
-    load_chunk(note, state);
-    decoder.open(state);
+    chunk_at = start + kX + p.slots * kXBytes;
+    open_next(note);
     while (true) {
-      while (note.flags == 0) chunk<true>();
-      chunk<false>();
+      Note next;
+#if SPINFER_WGMMA
+      // An inner loop as below would make the compiler move fragments between registers and serialise the wgmmas.
+      if (note.flags & kReleaseFirst) {
+        chunk<false>(next);
+      } else {
+        chunk<true>(next);
+      }
+      if (note.flags & kEndOfSegment) wgmma_wait<0>();
+#else
+      while (note.flags == 0) {
+        chunk<true>(next);
+        note = next;
+      }
+      chunk<false>(next);  // a range ends with a segment, so this is no end of work
+#endif
       if (note.flags & kEndOfSegment) {
         wait_for_predecessor();  // it may still use the partials
-        finish_segment<kWarpsK>(p, acc, range_at(p, static_cast<i32>(blockIdx.x)), note.row_block, start + kScratch, start + kFlag,
-                                warp_m, warp_k, lane, warp * 32 + lane, kConsumers);
+        finish_segment<kWarpsK>(p, acc, range_at(p, static_cast<i32>(blockIdx.x)), note.row_block, start + kScratch,
+                                start + kFlag, warp_m, warp_k, lane, warp * 32 + lane, kConsumers);
       }
-      if (note.flags & kEndOfWork) return;
-      load_chunk(note, state);
-      decoder.open(state);
+#if !SPINFER_WGMMA
+      open_next(next);
+#endif
+      if (next.flags & kEndOfWork) return;
+      note = next;
     }
   }
 };
