@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import statistics
@@ -143,8 +144,8 @@ def bench_kernel(
         expected = x.double() @ weight[:rows].double().t()
         error = (backend.linear(x, packed, None)[:, :rows].double() - expected).norm() / expected.norm()
         graphs = [
-            _graph([lambda w=w: backend.linear(x, w, None) for w in sparse]),  # type: ignore[misc]
-            _graph([lambda w=w: torch.mm(x, w.t(), out=out) for w in dense]),  # type: ignore[misc]
+            _graph([functools.partial(backend.linear, x, w, None) for w in sparse]),
+            _graph([functools.partial(torch.mm, x, w.t(), out=out) for w in dense]),
         ]
         us, dense_us = _interleaved_us(graphs)
         yield {
