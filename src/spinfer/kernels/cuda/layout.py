@@ -18,7 +18,10 @@ HEADER_NBYTES = BLOCKS * 4
 MASK_NBYTES = BLOCKS * 256
 VALUES_AT = HEADER_NBYTES + MASK_NBYTES
 
-MAX_CHUNK_NBYTES = -(-(VALUES_AT + BLOCKS * BLOCK_ROWS * BLOCK_COLS * 2) // CHUNK_ALIGN) * CHUNK_ALIGN
+GATHER_NBYTES = 4
+"""How far a lane may read past the last value; every chunk is padded by so much."""
+
+MAX_CHUNK_NBYTES = -(-(VALUES_AT + BLOCKS * BLOCK_ROWS * BLOCK_COLS * 2 + GATHER_NBYTES) // CHUNK_ALIGN) * CHUNK_ALIGN
 """A fully dense chunk."""
 
 _TALL = 16384

@@ -26,7 +26,6 @@ _WORKSPACE_NBYTES = 512 << 20
 """Dense rows held at a time on the decoded path: a whole matrix of any common layer, so that cuBLAS fills the GPU."""
 
 _BARRIER_NBYTES = 1024
-_RING_PADDING = 128
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def hopper_config(
     warps_k = warps // grid.blocks_m
     x_nbytes = grid.blocks_k * tile * 128
     scratch = _scratch_nbytes(grid, warps_k, tile)
-    room = traits.shared_nbytes - scratch - _RING_PADDING - _BARRIER_NBYTES
+    room = traits.shared_nbytes - scratch - _BARRIER_NBYTES
     chunk = grid.mean_chunk_nbytes(nnz)
     slots = max(2, min(_MAX_SLOTS, room // (x_nbytes + chunk), (room - MAX_CHUNK_NBYTES) // x_nbytes))
     ring = (room - slots * x_nbytes) // 128 * 128
@@ -136,7 +135,7 @@ def hopper_config(
         ctas=min(traits.sm_count, grid.chunks),
         slots=slots,
         ring_nbytes=ring,
-        shared_nbytes=slots * x_nbytes + ring + _RING_PADDING + scratch + _BARRIER_NBYTES,
+        shared_nbytes=slots * x_nbytes + ring + scratch + _BARRIER_NBYTES,
         in_flight=min(in_flight, slots),
     )
 

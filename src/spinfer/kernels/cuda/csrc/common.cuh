@@ -20,7 +20,6 @@ __device__ __forceinline__ u32 lds_u16(u32 address) {
   asm volatile("ld.shared.u16 %0, [%1+%2];" : "=r"(v) : "r"(address), "n"(kOffset));
   return v;
 }
-__device__ __forceinline__ u32 lds_u16x1(u32 address) { return lds_u16<0>(address); }
 __device__ __forceinline__ uint2 lds_v2(u32 address) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));

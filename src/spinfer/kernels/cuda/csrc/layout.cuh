@@ -6,6 +6,7 @@
 //   u16 [16][2]          byte offset of each tile's values from the start of the chunk's values
 //   u32 [16][32][2]      mask of each lane and tile
 //   16-bit values        in order (block, tile, step 0..7, lane, row half, column parity)
+// and at least kGatherBytes of padding.
 // Lane (g = lane / 4, t = lane % 4) owns what mma.m16n8k16 gives it of A: rows g and g + 8, columns 2 t and 2 t + 1 of each
 // 8-column step. Its mask bit is step + 8 (2 (row half) + column parity).
 #pragma once
@@ -26,4 +27,7 @@ constexpr int kOffsetUnit = 16;  // bytes a unit of the chunk offsets
 constexpr int kHeaderBytes = kBlocks * 4;
 constexpr int kMaskBytes = kBlocks * 256;
 constexpr int kValuesAt = kHeaderBytes + kMaskBytes;
-constexpr int kMaxChunkBytes = (kValuesAt + kBlocks * kBlockRows * kBlockCols * 2 + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
+constexpr int kGatherBytes = 4;  // a lane without a pair reads up to so far past the last value
+__device__ constexpr int chunk_bytes(int values) {
+  return (kValuesAt + values * 2 + kGatherBytes + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
+}

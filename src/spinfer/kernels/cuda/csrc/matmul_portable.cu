@@ -12,8 +12,7 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kWarpsK = kWarps / kBlocksM;
 constexpr int kBlocksAWarp = kBlocksK / kWarpsK;
 constexpr u32 kMaskCopy = 256;
-// A dense block, up to 14 bytes of the block before it (copies start at multiples of 16 bytes), and two bytes that a gather
-// may read past the last value.
+// A dense block, up to 14 bytes of the block before it (copies start at multiples of 16 bytes), and kGatherBytes.
 constexpr u32 kBuffer = kMaskCopy + kBlockRows * kBlockCols * 2 + 32;
 constexpr u32 kScratch = 2 * kWarps * kBuffer;
 constexpr u32 kFlag = kScratch + scratch_bytes(kWarpsK);

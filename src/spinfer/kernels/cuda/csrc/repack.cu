@@ -62,11 +62,6 @@ __device__ __forceinline__ void scan_tiles(const u32* counts, u32* starts, int l
   starts[lane] = static_cast<u32>(end - count);
   if (lane == 31) starts[32] = static_cast<u32>(end);
 }
-__device__ __forceinline__ i64 chunk_units(u32 values) {
-  const i64 bytes = (kValuesAt + static_cast<i64>(values) * 2 + kChunkAlign - 1) / kChunkAlign * kChunkAlign;
-  return bytes / kOffsetUnit;
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads) spinfer_chunk_sizes(const __grid_constant__ RepackArgs p) {
   __shared__ u32 count[kBlocks];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -78,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) spinfer_chunk_sizes(const
     if (threadIdx.x == 0) {
       u32 values = 0;
       for (int w = 0; w < kBlocks; w++) values += count[w];
-      p.sizes[i] = chunk_units(values);
+      p.sizes[i] = chunk_bytes(static_cast<int>(values)) / kOffsetUnit;
     }
     __syncthreads();
   }
@@ -104,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) spinfer_pack(const __grid
     if (warp == 0) scan_tiles(counts, starts, lane);
     __syncthreads();
     const u32 values = starts[2 * kBlocks];
-    const i64 units = chunk_units(values);
+    const int units = chunk_bytes(static_cast<int>(values)) / kOffsetUnit;
     if (lane == 0) {
       reinterpret_cast<u16*>(staged)[2 * warp] = static_cast<u16>(starts[2 * warp] * 2);
       reinterpret_cast<u16*>(staged)[2 * warp + 1] = static_cast<u16>(starts[2 * warp + 1] * 2);
@@ -135,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) spinfer_pack(const __grid
       }
       reinterpret_cast<u32*>(staged + kHeaderBytes)[(warp * 32 + lane) * 2 + r] = mask;
     }
-    const int padding = static_cast<int>(units * kOffsetUnit - kValuesAt) / 2 - static_cast<int>(values);
+    const int padding = (units * kOffsetUnit - kValuesAt) / 2 - static_cast<int>(values);
     if (static_cast<int>(threadIdx.x) < padding) out[values + threadIdx.x] = 0;
     __syncthreads();
     uint4* to = reinterpret_cast<uint4*>(p.chunks + static_cast<i64>(p.offsets[i]) * kOffsetUnit);
