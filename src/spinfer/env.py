@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def cpu_tier() -> str | None:
     """`SPINFER_CPU_TIER`: the tier that the CPU kernel must run ("avx512bf16", "avx512", "avx2" or "scalar")."""
     return os.environ.get("SPINFER_CPU_TIER") or None
+
+
+def cache_directory() -> Path:
+    """`SPINFER_CACHE_DIR`: where compiled CUDA kernels are kept; by default `spinfer` in the user's cache directory."""
+    chosen = os.environ.get("SPINFER_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spinfer"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from spinfer.errors import SpinferError
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cpu import CpuBackend
+from spinfer.kernels.cuda import CudaBackend
 from spinfer.kernels.packed import Backend, PackedWeight
 from spinfer.kernels.tilewise import TilewiseBackend
 
 CPU = CpuBackend()
+CUDA = CudaBackend()
 TILEWISE = TilewiseBackend()
 
-BACKENDS: tuple[Backend, ...] = (CPU, TILEWISE)
+BACKENDS: tuple[Backend, ...] = (CUDA, CPU, TILEWISE)
 """First match wins; the last accepts everything."""
 
 
@@ -42,4 +44,4 @@ def unpack(packed: PackedWeight) -> TcaBmeTensor:
     return backend_of(packed.layout).unpack(packed)
 
 
-__all__ = ["BACKENDS", "CPU", "TILEWISE", "Backend", "PackedWeight", "backend_of", "pack", "unpack"]
+__all__ = ["BACKENDS", "CPU", "CUDA", "TILEWISE", "Backend", "PackedWeight", "backend_of", "pack", "unpack"]

@@ -1,0 +1,136 @@
+"""`CudaBackend`: accepts a weight on a capable GPU, repacks it, and picks a kernel for each call."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spinfer.format import TcaBmeTensor
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.select import Decoded, choose
+from spinfer.kernels.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from spinfer.kernels.cuda.matmul import FusedPass
+
+_VALUE_DTYPES = (torch.float16, torch.bfloat16)
+_OLDEST = (8, 0)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What keeps kernels from being compiled here, or None."""
+    try:
+        found = importlib.util.find_spec("cuda.core") and importlib.util.find_spec("cuda.bindings.nvrtc")
+    except ImportError:
+        found = None
+    return None if found else "cuda-core is not installed (pip install 'spinfer[cuda]')"
+
+
+class CudaBackend:
+    """Kernels compiled at run time for the GPU that holds the weight."""
+
+    layout = LAYOUT
+
+    def accepts(self, weight: TcaBmeTensor) -> bool:
+        """16-bit values on a GPU of compute capability 8.0 or newer; says once why a GPU's weight is left out."""
+        if weight.device.type != "cuda" or weight.dtype not in _VALUE_DTYPES:
+            return False
+        capability = torch.cuda.get_device_capability(weight.device)
+        reason = (
+            f"compute capability {capability[0]}.{capability[1]} is older than 8.0"
+            if capability < _OLDEST
+            else _missing()
+        )
+        if reason is not None:
+            _warn_once(f"sparse layers on {weight.device} run on the slower portable path: {reason}")
+        return reason is None
+
+    def pack(self, weight: TcaBmeTensor) -> PackedWeight:
+        """Repack on the GPU, losslessly."""
+        from spinfer.kernels.cuda.repack import pack_chunks
+
+        return PackedWeight(LAYOUT, pack_chunks(weight), weight.shape, weight.nnz, weight.dtype)
+
+    def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
+        """The inverse of `pack`, bit-exact."""
+        from spinfer.kernels.cuda.repack import unpack_chunks
+
+        chunks, offsets = packed.parts
+        return unpack_chunks(chunks, offsets, packed.shape, packed.nnz, packed.dtype)
+
+    def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        """See `Backend.linear`.
+
+        x of another dtype than the values takes the decoded path: values are converted to x's dtype, never x to theirs.
+        """
+        index = x.device.index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return self.linear(x, packed, bias)
+        tokens = x.shape[0]
+        plan = _plan(packed.shape, packed.nnz, tokens, x.dtype, packed.dtype, index)
+        if isinstance(plan, Decoded):
+            return _decoded(x, packed, bias, plan.row_blocks)
+        chunks, offsets = packed.parts
+        y = x.new_empty((tokens, packed.shape[0]))
+        step, passes = plan
+        if len(passes) == 1:
+            passes[0](x, chunks, offsets, bias, y)
+        else:
+            for i, run in enumerate(passes):
+                part = slice(i * step, (i + 1) * step)
+                run(x[part], chunks, offsets, bias, y[part])
+        return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int
+) -> Decoded | tuple[int, tuple[FusedPass, ...]]:
+    from spinfer.kernels.cuda.matmul import FusedPass
+    from spinfer.kernels.cuda.runtime import device_traits
+
+    grid = ChunkGrid.of(*shape)
+    choice = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index))
+    if isinstance(choice, Decoded):
+        if x_dtype != dtype:
+            _warn_once(
+                f"x is {x_dtype} but the sparse weight {dtype}: the fused kernels need one dtype, so the "
+                "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
+            )
+        return choice
+    device = torch.device("cuda", index)
+    return choice.step, tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
+
+
+def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int) -> Tensor:
+    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
+    from spinfer.kernels.cuda.repack import decode_row_blocks
+
+    grid = ChunkGrid.of(*packed.shape)
+    chunks, offsets = packed.parts
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    rows = min(row_blocks * grid.chunk_rows, grid.out_features)
+    workspace = torch.empty(rows, grid.in_features, dtype=packed.dtype, device=x.device)
+    for first in range(0, grid.row_blocks, row_blocks):
+        start = first * grid.chunk_rows
+        part = workspace[: min(rows, grid.out_features - start)]
+        decode_row_blocks(chunks, offsets, grid, first, min(row_blocks, grid.row_blocks - first), part)
+        dense = part.to(x.dtype).t()
+        out = y[:, start : start + part.shape[0]]
+        if bias is None:
+            torch.mm(x, dense, out=out)
+        else:
+            torch.addmm(bias[start : start + part.shape[0]], x, dense, out=out)
+    return y

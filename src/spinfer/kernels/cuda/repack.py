@@ -1,0 +1,140 @@
+"""Storage layout <-> kernels' layout, and decoding to dense rows, all on the GPU."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from spinfer.errors import FormatError
+from spinfer.format import Geometry, TcaBmeTensor
+from spinfer.format.codec import group_tile_counts
+from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
+from spinfer.kernels.cuda.runtime import device_traits, load
+from spinfer.kernels.cuda.select import code_arch
+
+_REPACK_ARGS = struct.Struct("7Qq8i")
+"""RepackArgs of repack.cu."""
+
+_THREADS = BLOCKS * 32
+_DENSE_SHARED_NBYTES = BLOCKS * BLOCK_ROWS * (BLOCK_COLS * 2 + 16)
+_CTAS_A_SM = 8
+"""Chunks differ in size, so CTAs are a few waves' worth and take chunks in a stride."""
+
+
+def _launch(
+    name: str,
+    grid: ChunkGrid,
+    device: torch.device,
+    *,
+    bitmap: Tensor | None = None,
+    group_offsets: Tensor | None = None,
+    values: Tensor | None = None,
+    chunks: Tensor | None = None,
+    offsets: Tensor | None = None,
+    sizes: Tensor | None = None,
+    dense: Tensor | None = None,
+    first_row_block: int = 0,
+    row_blocks: int | None = None,
+    shared: int = 0,
+) -> None:
+    geometry = Geometry(grid.out_features, grid.in_features)
+    index = device.index
+    traits = device_traits(index)
+    source = KernelSource("repack.cu", code_arch(traits.capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
+    count = (grid.row_blocks if row_blocks is None else row_blocks) * grid.chunks_k
+    parts = (bitmap, group_offsets, values, chunks, offsets, sizes, dense)
+    arguments = _REPACK_ARGS.pack(
+        *(0 if part is None else part.data_ptr() for part in parts),
+        0 if dense is None else dense.stride(0),
+        grid.out_features,
+        grid.in_features,
+        geometry.group_rows,
+        geometry.group_cols,
+        grid.chunks_k,
+        first_row_block * grid.chunks_k,
+        count,
+        first_row_block * grid.chunk_rows,
+    )
+    with torch.cuda.device(index):
+        load(source, name).launch(
+            index,
+            min(count, traits.sm_count * _CTAS_A_SM),
+            _THREADS,
+            shared,
+            torch._C._cuda_getCurrentRawStream(index),
+            arguments,
+        )
+
+
+def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, Tensor]:
+    """Bring a weight on a CUDA device into the kernels' layout; returns (chunks, offsets).
+
+    Waits for the GPU: the size of the result depends on the data, and the fused kernel may read it before the kernels
+    ahead of it in its stream are complete.
+    """
+    grid = ChunkGrid.of(*weight.shape)
+    device = weight.device
+    sizes = torch.empty(grid.chunks, dtype=torch.int64, device=device)
+    _launch("spinfer_chunk_sizes", grid, device, bitmap=weight.bitmap, sizes=sizes)
+    ends = torch.zeros(grid.chunks + 1, dtype=torch.int64, device=device)
+    torch.cumsum(sizes, 0, out=ends[1:])
+    units = int(ends[-1])
+    if units > torch.iinfo(torch.int32).max:
+        raise FormatError(f"a weight of shape {weight.shape} takes more than 32 GiB; split it")
+    offsets = ends.to(torch.int32)
+    chunks = torch.empty(units * OFFSET_UNIT, dtype=torch.uint8, device=device)
+    _launch(
+        "spinfer_pack",
+        grid,
+        device,
+        bitmap=weight.bitmap,
+        group_offsets=weight.offsets,
+        values=weight.values,
+        chunks=chunks,
+        offsets=offsets,
+        shared=MAX_CHUNK_NBYTES,
+    )
+    torch.cuda.current_stream(device).synchronize()
+    return chunks, offsets
+
+
+def unpack_chunks(
+    chunks: Tensor, offsets: Tensor, shape: tuple[int, int], nnz: int, dtype: torch.dtype
+) -> TcaBmeTensor:
+    """The inverse of `pack_chunks`, bit-exact."""
+    grid, geometry, device = ChunkGrid.of(*shape), Geometry(*shape), chunks.device
+    bitmap = torch.empty(geometry.bitmap_words, dtype=torch.int64, device=device)
+    _launch("spinfer_unpack_bitmap", grid, device, bitmap=bitmap, chunks=chunks, offsets=offsets)
+    ends = torch.zeros(geometry.offsets_len, dtype=torch.int64, device=device)
+    torch.cumsum((group_tile_counts(bitmap) + 7) // 8, 0, out=ends[1:])
+    group_offsets = ends.to(torch.int32)
+    values = torch.zeros(int(ends[-1]) * 8, dtype=dtype, device=device)
+    _launch(
+        "spinfer_unpack_values",
+        grid,
+        device,
+        bitmap=bitmap,
+        group_offsets=group_offsets,
+        values=values,
+        chunks=chunks,
+        offsets=offsets,
+    )
+    return TcaBmeTensor(values, bitmap, group_offsets, shape, nnz)
+
+
+def decode_row_blocks(chunks: Tensor, offsets: Tensor, grid: ChunkGrid, first: int, count: int, out: Tensor) -> None:
+    """Write the dense rows of some row blocks into `out` (rows, K), last stride 1, dtype of the values."""
+    _launch(
+        "spinfer_to_dense",
+        grid,
+        chunks.device,
+        chunks=chunks,
+        offsets=offsets,
+        dense=out,
+        first_row_block=first,
+        row_blocks=count,
+        shared=_DENSE_SHARED_NBYTES,
+    )

@@ -1,0 +1,237 @@
+"""The CUDA kernels against float64, on fresh random data, into NaN-filled outputs."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from spinfer import encode, linear, pack
+from spinfer.kernels import PackedWeight, unpack
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.matmul import FusedPass
+from spinfer.kernels.cuda.repack import decode_row_blocks
+from spinfer.kernels.cuda.runtime import device_traits
+from spinfer.kernels.cuda.select import DeviceTraits, HopperConfig, PortableConfig, hopper_config, portable_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 3e-3}
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def random_weight(m: int, k: int, density: float, dtype: torch.dtype = torch.float16) -> Tensor:
+    w = torch.randn(m, k, device="cuda")
+    return torch.where(torch.rand_like(w) < density, w, 0.0).to(dtype)
+
+
+def packed(w: Tensor) -> PackedWeight:
+    result = pack(encode(w))
+    assert result.layout == LAYOUT
+    return result
+
+
+def check(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+    expected = x.double() @ w.double().t()
+    if bias is not None:
+        expected += bias.double()
+    scale = expected.norm()
+    error = (y.double() - expected).norm() / scale if scale else (y.double() - expected).norm()
+    # A handful of outputs can all round badly; half a unit in the last place bounds each.
+    tolerance = TOLERANCE[y.dtype] * (1 if y.numel() >= 1000 else 1.4)
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def fused(x: Tensor, weight: PackedWeight, config: HopperConfig | PortableConfig, bias: Tensor | None = None) -> Tensor:
+    y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
+    grid = ChunkGrid.of(*weight.shape)
+    FusedPass(grid, config, x.dtype, x.device)(x, *weight.parts, bias, y)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [*range(1, 41), 63, 64, 65, 127, 128, 129, 385, 1000, 8192])
+def test_tokens(tokens: int, dtype: torch.dtype) -> None:
+    w = random_weight(520, 1000, 0.4, dtype)
+    x = torch.randn(tokens, 1000, device="cuda", dtype=dtype)
+    bias = torch.randn(520, device="cuda", dtype=dtype)
+    check(linear(x, packed(w), bias), x, w, bias)
+
+
+SHAPES = [(1, 1), (1, 300), (300, 1), (7, 131), (64, 64), (257, 300), (1009, 2003), (16640, 520), (3, 8209)]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: tuple[int, int], density: float) -> None:
+    w = random_weight(*shape, density)
+    weight = packed(w)
+    for tokens in (1, 16, 17, 33, 65, 128):
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        check(linear(x, weight), x, w)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32, 128])
+def test_uneven_density(tokens: int) -> None:
+    """Chunks of very different sizes follow each other through the ring: dense, empty, and in between."""
+    density = torch.rand(4, 64, device="cuda").pow(3).repeat_interleave(256, 0).repeat_interleave(64, 1)
+    density[:64, :64] = 1
+    density[:, 1024:1536] = 1
+    density[300:400] = 0
+    w = torch.where(torch.rand_like(density) < density, torch.randn_like(density), 0.0).half()
+    x = torch.randn(tokens, w.shape[1], device="cuda", dtype=torch.float16)
+    check(linear(x, packed(w)), x, w)
+
+
+@pytest.mark.parametrize("shape", [(1009, 2003), (16640, 520)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_portable_kernel(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    traits = device_traits(0)
+    grid = ChunkGrid.of(*shape)
+    for density in (0.0, 0.4, 1.0):
+        w = random_weight(*shape, density, dtype)
+        weight = packed(w)
+        bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+        for tokens in (1, 5, 8, 16, 17, 32):
+            x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+            config = portable_config(grid, tokens, DeviceTraits(traits.capability, traits.sm_count, 101376))
+            check(fused(x, weight, config, bias), x, w, bias)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+def test_other_dtype_of_x(x_dtype: torch.dtype) -> None:
+    w = random_weight(300, 520, 0.4)
+    x = torch.randn(5, 520, device="cuda", dtype=x_dtype)
+    y = linear(x, packed(w))
+    assert y.dtype == x_dtype
+    expected = x @ w.to(x_dtype).t()
+    assert torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_strided_and_misaligned_x() -> None:
+    w = random_weight(300, 1001, 0.4)
+    weight = packed(w)
+    storage = torch.randn(9, 2300, device="cuda", dtype=torch.float16)
+    for x in (storage[:, 3:1004], storage[::2, 8:1009], storage.t()[:1001].t()):
+        check(linear(x, weight), x, w)
+
+
+def test_nonfinite_values_propagate_as_in_dense() -> None:
+    w = random_weight(64, 256, 0.4)
+    x = torch.randn(4, 256, device="cuda", dtype=torch.float16)
+    x[1, 7], x[2, 9] = torch.inf, torch.nan
+    w[5, 11] = torch.inf
+    expected = x @ w.t()
+    y = linear(x, packed(w))
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
+def test_deterministic(tokens: int) -> None:
+    w = random_weight(4096, 4096, 0.4)
+    weight = packed(w)
+    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
+    first = linear(x, weight)
+    assert all(torch.equal(linear(x, weight), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repacking_is_bit_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for density in (0.0, 0.4, 1.0):
+        w = random_weight(*shape, density, dtype)
+        w.view(-1)[::97] = torch.nan
+        storage = encode(w)
+        weight = packed(w)
+        back = unpack(weight).validate()
+        assert torch.equal(back.bitmap, storage.bitmap)
+        assert torch.equal(back.offsets, storage.offsets)
+        assert torch.equal(back.values.view(torch.int16), storage.values.view(torch.int16))
+        grid = ChunkGrid.of(*shape)
+        dense = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+        decode_row_blocks(*weight.parts, grid, 0, grid.row_blocks, dense)
+        assert torch.equal(dense.view(torch.int16), w.view(torch.int16))
+
+
+def test_cuda_graph() -> None:
+    w = random_weight(4096, 1024, 0.4)
+    weight = packed(w)
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.float16)
+    linear(x, weight)
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x, weight)
+            y = linear(x, weight) + y
+        graphs.append((graph, y))
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        eager = linear(x, weight)
+        for graph, y in graphs:
+            y.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(y, eager + eager)
+
+
+def test_torch_compile() -> None:
+    w = random_weight(512, 256, 0.4)
+    weight = packed(w)
+    x = torch.randn(4, 256, device="cuda", dtype=torch.float16)
+    compiled = torch.compile(lambda x: linear(x, weight).relu(), fullgraph=True)
+    assert torch.equal(compiled(x), linear(x, weight).relu())
+
+
+def test_streams_and_threads() -> None:
+    """10,000 launches on four streams from two threads, shapes at random: no hang, no difference."""
+    cases = []
+    for m, k in [(4096, 4096), (1000, 777), (300, 5000), (17000, 256)]:
+        weight = packed(random_weight(m, k, 0.4))
+        for tokens in (1, 16, 40):
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+            cases.append((x, weight, linear(x, weight)))
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        differences = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in streams]
+        torch.cuda.synchronize()
+        for _ in range(5000):
+            i, s = (int(torch.randint(n, (), generator=generator)) for n in (len(cases), 2))
+            x, weight, expected = cases[i]
+            with torch.cuda.stream(streams[s]):
+                differences[s] += (linear(x, weight) != expected).any()
+        torch.cuda.synchronize()
+        wrong.extend(int(d) for d in differences)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [0, 0, 0, 0]
+
+
+def test_completes_beside_a_kernel_that_holds_most_sms() -> None:
+    """No CTA waits for another, so it does not matter how few run at once."""
+    w = random_weight(4096, 4096, 0.4)
+    weight = packed(w)
+    x = torch.randn(16, 4096, device="cuda", dtype=torch.float16)
+    grid = ChunkGrid.of(4096, 4096)
+    expected = linear(x, weight)
+    traits = device_traits(0)
+    if traits.capability != (9, 0):
+        pytest.skip("the Hopper kernel")
+    # Three times as many CTAs as can be resident must give a result as well.
+    config = hopper_config(grid, weight.nnz, 16, DeviceTraits((9, 0), 3 * traits.sm_count, traits.shared_nbytes))
+    assert config.ctas > traits.sm_count
+    check(fused(x, weight, config), x, w)
+    check(expected, x, w)
