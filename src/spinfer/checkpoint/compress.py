@@ -73,8 +73,7 @@ def compress_checkpoint(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[:3])
         raise CheckpointError(f"{source}: the model has no Linear to compress ({reasons or 'none of any kind'})")
     run = _Run(source, tensors, linears, dense, Selection([*linears, *dense], include, ignore))
-    with new_directory(output) as partial:
-        writer = ShardWriter(partial, run.plan(), max_shard_nbytes)
+    with new_directory(output) as partial, ShardWriter(partial, run.plan(), max_shard_nbytes) as writer:
         for group in run.groups(progress):
             writer.write(group)
         if not run.modules:

@@ -59,8 +59,10 @@ def decompress_checkpoint(
     checkpoint = CompressedCheckpoint(source)
     tensors = checkpoint.source.tensors
     compressed_nbytes = sum(info.nbytes for info in tensors.values())
-    with new_directory(output) as partial:
-        writer = ShardWriter(partial, list(_plan(checkpoint, target)), max_shard_nbytes)
+    with (
+        new_directory(output) as partial,
+        ShardWriter(partial, list(_plan(checkpoint, target)), max_shard_nbytes) as writer,
+    ):
         done = 0
         for names, group in _groups(checkpoint, target):
             writer.write(group)

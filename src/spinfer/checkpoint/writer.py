@@ -68,6 +68,14 @@ class ShardWriter:
         self._next = 0
         self._shards: list[_Shard] = []
 
+    def __enter__(self) -> ShardWriter:
+        """Files that are still open when the block ends are closed, so that a failed run holds on to nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shards:
+            self._shards[-1].release()
+
     def write(self, group: Sequence[Outgoing]) -> None:
         """Write the next group of the plan.
 
@@ -160,7 +168,10 @@ class _Shard:
         with writing(self.path):
             self._file.seek(0)
             self._write(memoryview(self._room.to_bytes(8, "little") + text.ljust(self._room)))
-            self._file.close()
+            self.release()
+
+    def release(self) -> None:
+        self._file.close()
 
     def _write(self, data: memoryview) -> None:
         with writing(self.path):
