@@ -180,7 +180,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cuda_core": importlib.metadata.version("cuda-core"),
         "spinfer": spinfer.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
         "copy_bandwidth": copy_bandwidth(),
     }
 

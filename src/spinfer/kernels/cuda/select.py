@@ -15,9 +15,9 @@ _MAX_SLOTS = 8
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
-_MOST_HOPPER = 384
-"""Most tokens of the fused path. Measured on an H100 at 60 %: 28672 x 8192 takes 177 us a pass of 128 tokens, and
-335 us to decode plus cuBLAS's own time, so three passes are ahead of decoding and four are not."""
+_MOST_HOPPER = 256
+"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: two passes take 409 us at 256 tokens, three
+632 at 384; decoding takes 335 and cuBLAS then 189 and 248. benchmarks/results/h100/kernel_tokens.json."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -120,7 +120,7 @@ def hopper_config(
     if warps is None:
         warps = 16 if tile <= 32 else 8
     if steps is None:
-        steps = 2 if 32 < tile < 128 else 1
+        steps = 2 if 32 < tile <= 64 else 1  # two steps ahead spill from 96 tokens on
     warps_k = warps // grid.blocks_m
     x_nbytes = grid.blocks_k * tile * 128
     scratch = _scratch_nbytes(grid, warps_k, tile)

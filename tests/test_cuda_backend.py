@@ -1,0 +1,51 @@
+"""What the CUDA backend says where it cannot run; no GPU needed."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spinfer import encode
+from spinfer.kernels.cuda import CudaBackend, backend
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What `accepts` looks at of a weight on a GPU of compute capability 9.0, with everything installed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "_missing", lambda: None)
+    backend._warn_once.cache_clear()
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+
+
+def accepts(weight: Any) -> bool:
+    return CudaBackend().accepts(weight)
+
+
+def test_leaves_cpu_weights_alone() -> None:
+    assert not accepts(encode(torch.eye(4, dtype=torch.float16)))
+
+
+def test_accepts_16_bit_values(on_gpu: SimpleNamespace) -> None:
+    assert accepts(on_gpu)
+    on_gpu.dtype = torch.float32
+    assert not accepts(on_gpu)
+
+
+def test_old_gpus_are_refused_with_one_warning(on_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match=r"compute capability 7\.5 is older"):
+        assert not accepts(on_gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not accepts(on_gpu)
+
+
+def test_a_missing_extra_is_named(on_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_missing", lambda: "cuda-core is not installed (pip install 'spinfer[cuda]')")
+    with pytest.warns(UserWarning, match="spinfer.cuda."):
+        assert not accepts(on_gpu)
