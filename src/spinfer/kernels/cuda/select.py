@@ -120,7 +120,7 @@ def hopper_config(
     if warps is None:
         warps = 16 if tile <= 32 else 8
     if steps is None:
-        steps = 2 if 32 < tile <= 64 else 1  # two steps ahead spill from 96 tokens on
+        steps = 2 if 32 < tile < 128 else 1
     warps_k = warps // grid.blocks_m
     x_nbytes = grid.blocks_k * tile * 128
     scratch = _scratch_nbytes(grid, warps_k, tile)

@@ -1,5 +1,5 @@
-// The AVX-512 tiers. Values are expanded in registers (vpexpandw, vpexpandd) and multiplied at once: a lane is a row, so
-// there are no sums across lanes, and x is a broadcast. Compiled twice: with SPINFER_BF16_TIER set, bf16 values times bf16
+// The AVX-512 tiers. Values are expanded in registers (vpexpandw, vpexpandd) and multiplied at once, or, for more tokens
+// than registers take, from a small decoded chunk. A lane is a row: no sums across lanes, and x is a broadcast. Compiled twice: with SPINFER_BF16_TIER set, bf16 values times bf16
 // activations run on vdpbf16ps.
 #pragma once
 #include <immintrin.h>
@@ -151,6 +151,60 @@ const Value* all_tokens(const Value* values, const uint32_t* masks, int64_t pair
   return end;
 }
 
+// [column][32 rows] of decoded weights times x.
+template <int kTokens>
+void multiply(const float* dense, int64_t columns, const float* x, float* totals) {
+  __m512 first[kTokens], last[kTokens];
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < columns; ++k) {
+    const __m512 w0 = _mm512_load_ps(dense + 32 * k), w1 = _mm512_load_ps(dense + 32 * k + 16);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512 xs = _mm512_set1_ps(x[t * kRowX + k]);
+      first[t] = _mm512_fmadd_ps(w0, xs, first[t]);
+      last[t] = _mm512_fmadd_ps(w1, xs, last[t]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+    add_to(totals + t * 32, first[t]);
+    add_to(totals + t * 32 + 16, last[t]);
+  }
+}
+
+// Many tokens: decode a chunk into L1 once, multiply from there. Expanding it again for every kMaxTokens tokens instead is
+// 10 % slower at 16 tokens, 18 % at 64 and 60 % at 512.
+template <class Value>
+const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, int64_t tokens,
+                     float* totals) {
+  static constexpr void (*kMultiply[kMaxTokens])(const float*, int64_t, const float*, float*) = {
+      multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
+      multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
+  };
+  constexpr int64_t kChunkPairs = 32;
+  alignas(64) float dense[kChunkPairs * 64];  // 8 KiB
+  for (int64_t start = 0; start < pairs; start += kChunkPairs) {
+    const int64_t n = lesser(kChunkPairs, pairs - start);
+    for (int64_t pair = 0; pair < n; ++pair) {
+      prefetch(values, masks + 2 * (start + pair));
+      for (int half = 0; half < 2; ++half) {
+        __m512 even, odd;
+        decode(values, masks[2 * (start + pair) + half], even, odd);
+        _mm512_store_ps(dense + pair * 64 + half * 16, even);
+        _mm512_store_ps(dense + pair * 64 + half * 16 + 32, odd);
+      }
+    }
+    int64_t parts = (tokens + kMaxTokens - 1) / kMaxTokens;
+    for (int64_t token = 0; token < tokens; --parts) {
+      const int64_t size = (tokens - token + parts - 1) / parts;
+      kMultiply[size - 1](dense, 2 * n, x + token * kRowX + 2 * start, totals + token * 32);
+      token += size;
+    }
+  }
+  return values;
+}
+
 struct Avx512 {
   static void load(float* to, const void* from, int type, int64_t n) {
     const uint16_t* half = static_cast<const uint16_t*>(from);
@@ -186,6 +240,7 @@ struct Avx512 {
   template <class Value>
   static const Value* block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, int64_t tokens,
                             float* totals) {
+    if (tokens > kMaxTokens) return decoded(values, masks, pairs, x, tokens, totals);
     return all_tokens(values, masks, pairs, x, tokens, totals);
   }
 
