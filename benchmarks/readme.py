@@ -31,7 +31,25 @@ def demo() -> str:
     return linked(f"{table(result)}\n\n{result['processor']}, torch {result['versions']['torch']}.", file)
 
 
-BLOCKS = {"demo": demo}
+def h100() -> str:
+    """Speed-up of the CUDA kernels over cuBLAS at 60 % sparsity."""
+    file = RESULTS / "h100" / "kernel.json"
+    recorded = json.loads(file.read_text())
+    rows = [row for row in recorded["results"] if row["sparsity"] == 0.6]
+    tokens = sorted({row["n"] for row in rows})
+    lines = [
+        f"| out x in, 60 % sparsity | byte limit | {' | '.join(f'N = {n}' for n in tokens)} |",
+        f"| --- | ---: | {' | '.join('---:' for _ in tokens)} |",
+    ]
+    for shape in dict.fromkeys((row["m"], row["k"]) for row in rows):
+        speedups = {row["n"]: row["speedup"] for row in rows if (row["m"], row["k"]) == shape}
+        limit = next(row["byte_limit"] for row in rows if (row["m"], row["k"]) == shape)
+        cells = " | ".join(f"{speedups[n]:.2f}x" for n in tokens)
+        lines.append(f"| {shape[0]} x {shape[1]} | {limit:.2f}x | {cells} |")
+    return linked("\n".join(lines), file)
+
+
+BLOCKS = {"demo": demo, "h100": h100}
 
 
 def filled(readme: str) -> str:
