@@ -374,9 +374,17 @@ def test_the_library_checks_its_arguments() -> None:
     assert LIBRARY is not None
     x = torch.zeros(8)
     at = x.data_ptr()
-    unknown_tier = LIBRARY.native.spinfer_cpu_linear(99, at, at, at, 1, 1, 0, at, 1, 1, 0, None, at, 1)
-    with pytest.raises(FormatError, match="out of range"):
-        LIBRARY.check(unknown_tier, "linear")
+    scalar = LIBRARY.tier_index("scalar")
+    for tier, kind, x_kind, tokens in (
+        (99, 0, 0, 1),
+        (-1, 0, 0, 1),
+        (scalar, 3, 0, 1),
+        (scalar, 0, 3, 1),
+        (scalar, 0, 0, 0),
+    ):
+        result = LIBRARY.native.spinfer_cpu_linear(tier, at, at, at, 1, 1, kind, at, 1, tokens, x_kind, None, at, 1)
+        with pytest.raises(FormatError, match="out of range"):
+            LIBRARY.check(result, "linear")
     with pytest.raises(MemoryError):
         LIBRARY.check(-1, "linear")
 

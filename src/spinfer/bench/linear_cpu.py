@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -56,8 +57,8 @@ class Row:
     """One line of linear.csv; times are medians in microseconds.
 
     `ours` is the kernel with `dtype` values and activations, `read` a pure read of its bytes, the others torch's dense
-    layers: F.linear in three types, and oneDNN with a prepacked bf16 weight. `samples` is the smallest number of
-    undisturbed samples behind any of them; at 0, a median is of disturbed ones.
+    layers: F.linear in three types, and oneDNN with a prepacked bf16 weight (NaN where it does not exist). `samples` is
+    the smallest number of undisturbed samples behind any of them; at 0, a median is of disturbed ones.
     """
 
     model: str
@@ -142,7 +143,9 @@ class Weights:
         copies = max(2, math.ceil(COLD_NBYTES / turn_nbytes))
         dense = torch.randn(shape)
         self.dense = {name: [dense.to(kind, copy=True) for _ in range(copies)] for name, kind in DTYPES.items()}
-        self.prepacked = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in self.dense["bf16"]]
+        self.prepacked: list[Tensor] = []
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.prepacked = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in self.dense["bf16"]]
         self.sparse: dict[float, list[PackedWeight]] = {}
         rank = torch.rand(shape)
         for sparsity in sparsities:
@@ -156,7 +159,8 @@ class Weights:
         calls: dict[str, Call] = {}
         for name, dense in self.dense.items():
             calls[name] = functools.partial(self._dense, x.to(DTYPES[name]), dense)
-        calls["prepacked_bf16"] = functools.partial(self._prepacked, x.bfloat16())
+        if self.prepacked:
+            calls["prepacked_bf16"] = functools.partial(self._prepacked, x.bfloat16())
         for sparsity, packed in self.sparse.items():
             calls[f"ours {sparsity}"] = functools.partial(self._ours, x.to(self.dtype), packed)
             calls[f"read {sparsity}"] = functools.partial(self._read, library, packed)
@@ -190,7 +194,7 @@ def measure(library: CpuLibrary, bench: Bench, done: Sequence[Row], args: argpar
             took, fewest = bench.measure(weights.calls(library, tokens))
             for s in args.sparsities:
                 nbytes = sum(part.nbytes for part in weights.sparse[s][0].parts[:2])
-                dense = [round(took[name], 1) for name in (*DTYPES, "prepacked_bf16")]
+                dense = [round(took.get(name, math.nan), 1) for name in (*DTYPES, "prepacked_bf16")]
                 ours = [round(took[f"{name} {s}"], 1) for name in ("ours", "read")]
                 yield Row(*key, s, tokens, threads, library.tier, nbytes, fewest, *ours, *dense)
 
@@ -203,13 +207,13 @@ def machine(library: CpuLibrary) -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cpu": {name: cpu.get(name) for name in ("model name", "cpu family", "model", "cache size", "flags")},
-        "cores": torch.multiprocessing.cpu_count(),
+        "cores": os.cpu_count(),
         "tiers": library.tiers,
         "tier": library.tier,
         "python": platform.python_version(),
         "kernel": platform.release(),
         "torch": torch.__version__,
-        "torch_config": torch.__config__.show(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -238,7 +242,7 @@ def main() -> None:
     done = read_rows(path)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if not done:
+        if not file.tell():
             writer.writeheader()
         for row in measure(library, Bench(args.seconds, args.samples), done, args):
             writer.writerow(asdict(row))

@@ -17,17 +17,16 @@ PLOTTED_TOKENS = (1, 4, 16, 64)
 def table(rows: Sequence[Row], *, threads: int, sparsities: Sequence[float] = (0.5, 0.6, 0.7)) -> str:
     """Markdown: ours over each baseline, one line for a shape, sparsity and number of tokens; lower is better."""
     lines = [
-        "| out x in | sparsity | N | us | / bf16 | / fp16 | / fp32 | / prepacked bf16 | share of pure read |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| out x in | type | sparsity | N | us | / bf16 | / fp16 | / fp32 | / prepacked bf16 | share of pure read |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in sorted(rows, key=lambda row: (-row.out_features * row.in_features, row.sparsity, row.tokens)):
+    order = sorted(rows, key=lambda row: (-row.out_features * row.in_features, row.dtype, row.sparsity, row.tokens))
+    for row in order:
         if row.threads == threads and row.sparsity in sparsities:
             ratios = (row.ours / other for other in (row.bf16, row.fp16, row.fp32, row.prepacked_bf16))
-            lines.append(
-                f"| {row.out_features} x {row.in_features} | {row.sparsity:.0%} | {row.tokens} | {row.ours:.0f} | "
-                + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-                + f" | {row.read / row.ours:.2f} |"
-            )
+            cells = (f"{row.out_features} x {row.in_features}", row.dtype, f"{row.sparsity:.0%}", row.tokens)
+            numbers = (f"{row.ours:.0f}", *(f"{ratio:.2f}" for ratio in ratios), f"{row.read / row.ours:.2f}")
+            lines.append(f"| {' | '.join(map(str, cells + numbers))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -35,7 +34,8 @@ def plot(rows: Sequence[Row], path: Path, *, shape: tuple[int, int] = (4096, 409
     """Speed-up over bf16 F.linear against sparsity, one line per N, and the limit of a pure read at N = 1."""
     from matplotlib.figure import Figure
 
-    mine = [row for row in rows if (row.out_features, row.in_features) == shape and row.threads == threads]
+    wanted = (*shape, "bf16", threads)
+    mine = [row for row in rows if (row.out_features, row.in_features, row.dtype, row.threads) == wanted]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for tokens in PLOTTED_TOKENS:

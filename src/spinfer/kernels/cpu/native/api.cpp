@@ -170,7 +170,8 @@ int spinfer_cpu_linear(int tier, const void* values, const uint32_t* masks, cons
                        int64_t in_features, int type, const void* x, int64_t x_stride, int64_t tokens, int x_type,
                        const void* bias, void* y, int threads) {
   const Tier* usable = usable_tier(tier);
-  if (!usable || out_features < 1 || in_features < 1 || tokens < 1) return SPINFER_BAD_ARGUMENT;
+  const bool types = type >= SPINFER_BF16 && type <= SPINFER_F32 && x_type >= SPINFER_BF16 && x_type <= SPINFER_F32;
+  if (!usable || !types || out_features < 1 || in_features < 1 || tokens < 1) return SPINFER_BAD_ARGUMENT;
   const Weight weight{values, masks, offsets, out_features, in_features, type};
   return linear(*usable, Pass{weight, x, x_stride, tokens, x_type, bias, y, nullptr}, tokens, threads);
 }
