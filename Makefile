@@ -4,11 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test quality readme clean
+.PHONY: demo test quality bench-cpu bench-gpu readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable '.[demo,test,quality]'
+	$(PY) -m pip install --quiet --editable '.[demo,test,quality,bench]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -22,6 +22,14 @@ quality: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/mypy
 	$(PY) benchmarks/readme.py --check
+
+bench-cpu: $(VENV)/.installed
+	$(PY) -m spinfer.bench.linear_cpu build/bench-cpu
+	$(PY) -m spinfer.bench.linear_cpu_report build/bench-cpu
+
+bench-gpu: $(VENV)/.installed
+	$(PY) -m pip install --quiet --editable '.[cuda]'
+	$(PY) -m spinfer.bench.kernel --out build/bench-gpu.json
 
 readme: $(VENV)/.installed
 	$(PY) benchmarks/readme.py

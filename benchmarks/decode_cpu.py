@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from spinfer.bench.model import time_models
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import spinfer
+from spinfer.bench.model import time_models
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128256,
