@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test quality bench-cpu bench-gpu readme clean
+.PHONY: demo test test-native quality bench-cpu bench-gpu readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
+
+test-native: $(VENV)/.installed  # the C++ under AddressSanitizer and UBSan, and 20,000 random or damaged layouts
+	$(VENV)/bin/cmake -S . -B build/sanitize -DSPINFER_TESTS=ON -DSPINFER_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug
+	$(VENV)/bin/cmake --build build/sanitize --parallel 2
+	build/sanitize/test_cpu
+	build/sanitize/fuzz_cpu
 
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(CODE)
