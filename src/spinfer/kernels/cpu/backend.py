@@ -95,17 +95,6 @@ class CpuBackend:
         library.check(result, "this weight cannot be unpacked")
         return TcaBmeTensor(values, bitmap, offsets, packed.shape, packed.nnz)
 
-    def decode(self, packed: PackedWeight) -> Tensor:
-        """The dense (out_features, in_features) matrix."""
-        library = _library()
-        dense = torch.empty(packed.shape, dtype=packed.dtype)
-        panels = packed.parts[2].numel() - 1
-        result = library.native.spinfer_cpu_decode(
-            *_pointers(packed), 0, panels, dense.data_ptr(), torch.get_num_threads()
-        )
-        library.check(result, "this weight cannot be decoded")
-        return dense
-
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """See `Backend.linear`."""
         native_linear, tier = self._kernel

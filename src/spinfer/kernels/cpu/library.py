@@ -35,7 +35,6 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "unpack_plan": (c_int, (c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int)),
     "unpack": (c_int, (*_WEIGHT, c_void_p, c_void_p, c_void_p, c_int)),
-    "decode": (c_int, (*_WEIGHT, c_int64, c_int64, c_void_p, c_int)),
     "linear": (c_int, (c_int, *_WEIGHT, c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int)),
     "read": (c_uint64, (c_void_p, c_int64, c_int)),
 }

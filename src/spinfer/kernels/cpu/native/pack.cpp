@@ -240,21 +240,6 @@ void unpack_rows(const Value* values, const uint32_t* masks, const int64_t* offs
   }
 }
 
-template <class Order, class Value>
-void decode_panel(const Value* values, const uint32_t* masks, const Grid& grid, int64_t rows, Value* dense) {
-  memset(dense, 0, size_t(rows * grid.in_features) * sizeof(Value));
-  for (int64_t pair = 0; pair < grid.pairs(); ++pair) {
-    for (int half = 0; half < 2; ++half) {
-      for (uint32_t mask = masks[2 * pair + half]; mask; mask &= mask - 1) {
-        const int bit = __builtin_ctz(mask);
-        const int row = Order::bit(1, 0) == 2 ? bit >> 1 : bit & 15;
-        const int parity = Order::bit(1, 0) == 2 ? bit & 1 : bit >> 4;
-        dense[(half * 16 + row) * grid.in_features + 2 * pair + parity] = *values++;
-      }
-    }
-  }
-}
-
 // Bits of word w of an edge GroupTile that lie in the matrix when `rows` rows and `cols` columns of the tile do.
 uint64_t inside(int w, int64_t rows, int64_t cols) {
   const Place place = place_of(w);
@@ -390,25 +375,6 @@ int spinfer_cpu_unpack(const void* values, const uint32_t* masks, const int64_t*
     parallel_for(threads, grid.rows(), 1, [&](int64_t row, int64_t) {
       unpack_rows<decltype(order)>(static_cast<const Value*>(values), masks, offsets, grid, bitmap, offsets_out,
                                    static_cast<Value*>(values_out), row);
-    });
-  });
-  return 0;
-}
-
-int spinfer_cpu_decode(const void* values, const uint32_t* masks, const int64_t* offsets, int64_t out_features,
-                       int64_t in_features, int type, int64_t panel, int64_t panels, void* dense, int threads) {
-  const Grid grid{out_features, in_features};
-  if (!grid.sane() || !known(type) || panel < 0 || panels < 0 || panel + panels > grid.panels()) {
-    return SPINFER_BAD_ARGUMENT;
-  }
-  by_type(type, [&](auto order, auto value) {
-    using Value = decltype(value);
-    parallel_for(threads, panels, 1, [&](int64_t at, int64_t) {
-      const int64_t row = (panel + at) * kPanelRows;
-      const int64_t rows = out_features - row < kPanelRows ? out_features - row : kPanelRows;
-      decode_panel<decltype(order)>(static_cast<const Value*>(values) + offsets[panel + at],
-                                    masks + (panel + at) * grid.pairs() * 2, grid, rows,
-                                    static_cast<Value*>(dense) + at * kPanelRows * in_features);
     });
   });
   return 0;

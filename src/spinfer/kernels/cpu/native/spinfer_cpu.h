@@ -64,11 +64,6 @@ SPINFER_API int spinfer_cpu_unpack(const void* values, const uint32_t* masks, co
                                    int64_t out_features, int64_t in_features, int type, const uint64_t* bitmap,
                                    const int32_t* offsets_out, void* values_out, int threads);
 
-// Rows [32 * panel, 32 * (panel + panels)) as a dense, row-major matrix of in_features columns.
-SPINFER_API int spinfer_cpu_decode(const void* values, const uint32_t* masks, const int64_t* offsets,
-                                   int64_t out_features, int64_t in_features, int type, int64_t panel, int64_t panels,
-                                   void* dense, int threads);
-
 // y = x W^T + bias. x: [tokens][in_features], rows x_stride elements apart; y: [tokens][out_features], contiguous, and
 // bias: [out_features] or null, both of x's type. Sums are kept in fp32.
 SPINFER_API int spinfer_cpu_linear(int tier, const void* values, const uint32_t* masks, const int64_t* offsets,
