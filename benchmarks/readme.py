@@ -78,7 +78,21 @@ def cpu() -> str:
     return linked("\n".join(lines), file)
 
 
-BLOCKS = {"demo": demo, "cpu": cpu, "h100": h100}
+def decode() -> str:
+    """Tokens a second of a whole model on the CPU."""
+    file = CPU / "decode_llama1b.json"
+    recorded = json.loads(file.read_text())
+    lines = [
+        f"| {recorded['model']} | decode tokens/s | prefill tokens/s | MB of weights |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for label, run in recorded["runs"].items():
+        cells = (run["decode_tokens_per_s"], run["prefill_tokens_per_s"], run["weights_mb"])
+        lines.append(f"| {label} | {' | '.join(f'{cell:,.1f}' for cell in cells)} |")
+    return linked("\n".join(lines), file)
+
+
+BLOCKS = {"demo": demo, "cpu": cpu, "decode": decode, "h100": h100}
 
 
 def filled(readme: str) -> str:
