@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -31,10 +30,7 @@ def spinfer(*arguments: str | Path, capture: bool = False) -> Any:
     """Run `spinfer ...`; its JSON when captured."""
     command = [sys.executable, "-m", "spinfer", *map(str, arguments)]
     print(f"\n$ spinfer {shlex.join(command[3:])}", file=sys.stderr)
-    # OpenMP threads that wait by spinning take the processor from the one they wait for where something else runs too:
-    # on two cores with one busy, 1 token/s instead of 25.
-    environment = os.environ | {"GOMP_SPINCOUNT": "1000"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE if capture else None, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE if capture else None)
     return json.loads(done.stdout) if capture else None
 
 
