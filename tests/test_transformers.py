@@ -130,7 +130,8 @@ def test_device_map(device_map: object, tokens: Tensor, tmp_path: Path) -> None:
     spinfer.compress_model(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map=device_map, low_cpu_mem_usage=True)
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    logits = loaded(tokens.to(loaded.device)).logits  # "auto" takes a GPU where there is one
+    assert relative_error(logits.cpu(), model(tokens).logits) < BF16_TOLERANCE
 
 
 def test_disk_offload(tokens: Tensor, tmp_path: Path) -> None:
