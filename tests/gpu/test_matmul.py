@@ -12,7 +12,7 @@ from spinfer import encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass
-from spinfer.kernels.cuda.repack import decode_row_blocks
+from spinfer.kernels.cuda.dense import decode_row_blocks
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import DeviceTraits, HopperConfig, PortableConfig, hopper_config, portable_config
 

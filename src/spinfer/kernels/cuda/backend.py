@@ -116,7 +116,7 @@ def _plan(
 
 def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int) -> Tensor:
     """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
-    from spinfer.kernels.cuda.repack import decode_row_blocks
+    from spinfer.kernels.cuda.dense import decode_row_blocks
 
     grid = ChunkGrid.of(*packed.shape)
     chunks, offsets = packed.parts

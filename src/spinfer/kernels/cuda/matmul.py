@@ -10,17 +10,19 @@ from torch import Tensor
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.runtime import TensorMaps, Workspaces, load
-from spinfer.kernels.cuda.select import HopperConfig, PortableConfig
+from spinfer.kernels.cuda.select import HopperConfig, PortableConfig, WideConfig
 
 _CALL = struct.Struct("7Q2i")
-_CONSTANTS = struct.Struct("9i")
+_CONSTANTS = struct.Struct("12i")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
-_PORTABLE_THREADS = 256
-_PRODUCER_THREADS = 128
+_NARROW_WARPS, _WIDE_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 8, 4
 
 _tensor_maps = TensorMaps()
 _workspaces = Workspaces()
+
+
+Config = HopperConfig | WideConfig | PortableConfig
 
 
 class FusedPass:
@@ -28,29 +30,30 @@ class FusedPass:
 
     Args:
         grid: how the weight is cut.
-        config: of the Hopper kernel or of the portable one.
+        config: of the kernel.
         dtype: of the values, x, bias and y.
         device: where it runs.
     """
 
-    def __init__(
-        self, grid: ChunkGrid, config: HopperConfig | PortableConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, grid: ChunkGrid, config: Config, dtype: torch.dtype, device: torch.device) -> None:
         self._kernel = load(source(grid, config, dtype), "spinfer_matmul")
-        self._hopper = isinstance(config, HopperConfig)
+        self._hopper = not isinstance(config, PortableConfig)
         self._device = device
-        self._box_rows = config.tokens
         self._padded = -(-grid.in_features // 8) * 8
-        self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
-        self._row_blocks = grid.row_blocks
-        threads, ring = _PORTABLE_THREADS, (0, 0, 0)
+        warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0, 0)
         if isinstance(config, HopperConfig):
-            threads = config.warps_k * grid.blocks_m * 32 + _PRODUCER_THREADS
-            ring = (config.slots, config.ring_nbytes, config.in_flight)
-        self._launch_shape = (device.index, config.ctas, threads, config.shared_nbytes)
-        each, extra = divmod(grid.chunks, config.ctas)
+            warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
+            memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, 0)
+        elif isinstance(config, WideConfig):
+            warps, passes = _WIDE_WARPS + _PRODUCER_WARPS, config.passes
+            memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
+        self._box_rows = config.tokens
+        self._strips = passes * grid.row_blocks
+        self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
+        self._launch_shape = (device.index, config.ctas, warps * 32, config.shared_nbytes, split)
+        each, extra = divmod(self._strips * grid.chunks_k, config.ctas)
         self._constants = _CONSTANTS.pack(
-            grid.out_features, grid.in_features, grid.chunks_k, grid.chunks, each, extra, *ring
+            grid.out_features, grid.in_features, grid.chunks_k, grid.row_blocks, self._strips, each, extra, *memory
         )
 
     def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -71,7 +74,7 @@ class FusedPass:
             x = x.new_empty(tokens, self._padded)[:, :in_features].copy_(x)
             stride, address = self._padded, x.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        partials, arrivals = _workspaces.get(self._device, stream, self._floats, self._row_blocks)
+        partials, arrivals = _workspaces.get(self._device, stream, self._floats, self._strips)
         arguments = _CALL.pack(
             chunks.data_ptr(),
             offsets.data_ptr(),
@@ -88,7 +91,7 @@ class FusedPass:
         self._kernel.launch(*self._launch_shape, stream, arguments + self._constants, dependent=self._hopper)
 
 
-def source(grid: ChunkGrid, config: HopperConfig | PortableConfig, dtype: torch.dtype) -> KernelSource:
+def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     """What to compile for a configuration."""
     defines = {
         "SPINFER_BF16": int(dtype == torch.bfloat16),
@@ -97,5 +100,6 @@ def source(grid: ChunkGrid, config: HopperConfig | PortableConfig, dtype: torch.
     }
     if isinstance(config, PortableConfig):
         return KernelSource("matmul_portable.cu", config.arch, tuple(defines.items()))
-    defines |= {"SPINFER_WARPS_K": config.warps_k, "SPINFER_STEPS": config.steps}
-    return KernelSource("matmul_sm90.cu", "sm_90a", tuple(defines.items()))
+    if isinstance(config, WideConfig):
+        return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))
+    return KernelSource("matmul_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_SPLIT", config.split)))

@@ -1,4 +1,4 @@
-"""Storage layout <-> kernels' layout, and decoding to dense rows, all on the GPU."""
+"""Storage layout <-> kernels' layout, on the GPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from spinfer.errors import FormatError
 from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.codec import group_tile_counts
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
+from spinfer.kernels.cuda.layout import BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 from spinfer.kernels.cuda.runtime import device_traits, load
 from spinfer.kernels.cuda.select import code_arch
 
-_REPACK_ARGS = struct.Struct("7Qq8i")
+_REPACK_ARGS = struct.Struct("6Q4i")
 """RepackArgs of repack.cu."""
 
 _THREADS = BLOCKS * 32
-_DENSE_SHARED_NBYTES = BLOCKS * BLOCK_ROWS * (BLOCK_COLS * 2 + 16)
 _CTAS_A_SM = 8
 """Chunks differ in size, so CTAs are a few waves' worth and take chunks in a stride."""
 
@@ -35,35 +34,27 @@ def _launch(
     chunks: Tensor | None = None,
     offsets: Tensor | None = None,
     sizes: Tensor | None = None,
-    dense: Tensor | None = None,
-    first_row_block: int = 0,
-    row_blocks: int | None = None,
     shared: int = 0,
 ) -> None:
     geometry = Geometry(grid.out_features, grid.in_features)
     index = device.index
     traits = device_traits(index)
     source = KernelSource("repack.cu", code_arch(traits.capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
-    count = (grid.row_blocks if row_blocks is None else row_blocks) * grid.chunks_k
-    parts = (bitmap, group_offsets, values, chunks, offsets, sizes, dense)
+    parts = (bitmap, group_offsets, values, chunks, offsets, sizes)
     arguments = _REPACK_ARGS.pack(
         *(0 if part is None else part.data_ptr() for part in parts),
-        0 if dense is None else dense.stride(0),
-        grid.out_features,
-        grid.in_features,
         geometry.group_rows,
         geometry.group_cols,
         grid.chunks_k,
-        first_row_block * grid.chunks_k,
-        count,
-        first_row_block * grid.chunk_rows,
+        grid.chunks,
     )
     with torch.cuda.device(index):
         load(source, name).launch(
             index,
-            min(count, traits.sm_count * _CTAS_A_SM),
+            min(grid.chunks, traits.sm_count * _CTAS_A_SM),
             _THREADS,
             shared,
+            1,
             torch._C._cuda_getCurrentRawStream(index),
             arguments,
         )
@@ -123,18 +114,3 @@ def unpack_chunks(
         offsets=offsets,
     )
     return TcaBmeTensor(values, bitmap, group_offsets, shape, nnz)
-
-
-def decode_row_blocks(chunks: Tensor, offsets: Tensor, grid: ChunkGrid, first: int, count: int, out: Tensor) -> None:
-    """Write the dense rows of some row blocks into `out` (rows, K), last stride 1, dtype of the values."""
-    _launch(
-        "spinfer_to_dense",
-        grid,
-        chunks.device,
-        chunks=chunks,
-        offsets=offsets,
-        dense=out,
-        first_row_block=first,
-        row_blocks=count,
-        shared=_DENSE_SHARED_NBYTES,
-    )

@@ -56,21 +56,36 @@ class _ThreadState(threading.local):
         self.arguments_address = ctypes.addressof(self.arguments)
         self.pointers = (ctypes.c_void_p * 1)(self.arguments_address)
         self.pointers_address = ctypes.addressof(self.pointers)
-        serialization = driver.CUlaunchAttribute()
-        serialization.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        serialization.value.programmaticStreamSerializationAllowed = 1
-        self.configs = {}
-        for dependent in (False, True):
-            config = driver.CUlaunchConfig()
-            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-            config.attrs = [serialization] if dependent else []
-            config.numAttrs = int(dependent)
-            self.configs[dependent] = config
+        self.configs: dict[tuple[bool, int], Any] = {}
         # A thread that has not called the CUDA runtime has no current context.
         if int(_check(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")) == 0:
             device = _check(driver.cuDeviceGet(torch.cuda.current_device()), "cuDeviceGet")
             context = _check(driver.cuDevicePrimaryCtxRetain(device), "cuDevicePrimaryCtxRetain")
             _check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+    def config(self, dependent: bool, cluster: int) -> Any:
+        """A launch configuration with these attributes; the rest is set at each launch."""
+        config = self.configs.get((dependent, cluster))
+        if config is None:
+            driver = _driver()
+            attributes = []
+            if dependent:
+                attribute = driver.CUlaunchAttribute()
+                attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+                attribute.value.programmaticStreamSerializationAllowed = 1
+                attributes.append(attribute)
+            if cluster > 1:
+                attribute = driver.CUlaunchAttribute()
+                attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+                attribute.value.clusterDim.x = cluster
+                attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+                attributes.append(attribute)
+            config = driver.CUlaunchConfig()
+            config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+            config.attrs = attributes
+            config.numAttrs = len(attributes)
+            self.configs[dependent, cluster] = config
+        return config
 
 
 _thread: _ThreadState | None = None
@@ -112,6 +127,7 @@ class Kernel:
         ctas: int,
         threads: int,
         shared: int,
+        cluster: int,
         stream: int,
         arguments: bytes,
         *,
@@ -124,6 +140,7 @@ class Kernel:
             ctas: thread blocks.
             threads: of each.
             shared: bytes of dynamic shared memory of each.
+            cluster: thread blocks of a cluster.
             stream: raw handle.
             arguments: the kernel's struct.
             dependent: whether the kernel may start while its predecessor still runs (it waits where it must).
@@ -135,7 +152,7 @@ class Kernel:
             self._shared[index] = shared
         state = _thread_state()
         ctypes.memmove(state.arguments_address, arguments, len(arguments))
-        config = state.configs[dependent]
+        config = state.config(dependent, cluster)
         config.gridDimX = ctas
         config.blockDimX = threads
         config.sharedMemBytes = shared

@@ -57,6 +57,8 @@ __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
   return v;
 }
+// All threads of the CTA, each role from its own place in the code: the unaligned form of __syncthreads.
+__device__ __forceinline__ void cta_barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
 // Named barrier among the first `threads` arrivals; barrier 0 is __syncthreads.
 template <int kBarrier>
 __device__ __forceinline__ void named_barrier(int threads) {

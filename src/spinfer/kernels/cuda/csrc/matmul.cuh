@@ -1,9 +1,13 @@
 // What the matmul kernels share: their arguments, how chunks are dealt out, and how partial sums meet.
 //
-// Chunks 0 .. T - 1 are dealt in order, one range of consecutive chunks a CTA. A segment is the part of a range that lies in
-// one row block (kChunkRows rows). A segment that covers its row block writes y; any other writes an fp32 partial, and the
-// last CTA to arrive at a row block sums its partials in the order of the ranges. The sums are therefore the same whoever
-// computes them, and no CTA ever waits for another.
+// The work is passes x row blocks x chunks along k, in this order: a pass has kTokens columns of y, a row block kChunkRows rows.
+// A strip is one row block in one pass. Units 0 .. T - 1 are dealt in order, one range of consecutive units a CTA. A segment is
+// the part of a range that lies in one strip. A segment that covers its strip writes y; any other is a partial sum, and the
+// last CTA to arrive at a strip adds them in the order of the ranges. The sums are therefore the same whoever computes them,
+// and no CTA ever waits for another.
+//
+// With kSplit > 1 clusters share strips instead: each CTA of a cluster takes a part of a strip's chunks along k, and one of
+// them, in turn, adds the others' sums, which they write into its shared memory. All CTAs of a cluster run at once by definition.
 #pragma once
 #include "common.cuh"
 #include "layout.cuh"
@@ -15,6 +19,11 @@ constexpr int kTokens = SPINFER_TOKENS;  // columns of a pass over the weight: N
 constexpr int kTiles = kTokens / 8;
 static_assert(kTokens % 8 == 0);
 
+#ifndef SPINFER_SPLIT
+#define SPINFER_SPLIT 1
+#endif
+constexpr int kSplit = SPINFER_SPLIT;
+
 struct MatmulArgs {
   const u8* weight;     // chunks
   const i32* offsets;   // [T + 1], in kOffsetUnit
@@ -22,12 +31,14 @@ struct MatmulArgs {
   u16* y;               // (tokens, M)
   const u16* bias;      // [M] or null
   float* partials;      // [2 gridDim.x][kChunkRows kTokens]
-  u32* arrivals;        // [row blocks], all zero between launches
+  u32* arrivals;        // [strips], all zero between launches
   i32 x_stride, tokens;
   i32 out_features, in_features;
-  i32 chunks_k, chunks;
-  i32 each, extra;  // chunks a CTA; the first `extra` CTAs take one more
-  i32 slots, ring, in_flight;
+  i32 chunks_k, row_blocks;
+  i32 strips;       // passes x row blocks
+  i32 each, extra;  // units a CTA; the first `extra` CTAs take one more
+  i32 slots, ring_at, ring, in_flight;  // of the weight, in shared memory
+  i32 boxes;                            // of x, likewise
 };
 
 struct Range {
@@ -37,146 +48,247 @@ __device__ __forceinline__ Range range_at(const MatmulArgs& p, i32 index) {
   const i32 begin = index * p.each + min(index, p.extra);
   return {index, begin, begin + p.each + (index < p.extra)};
 }
-// The range that holds a chunk. There are no more CTAs than chunks, so none is empty.
-__device__ __forceinline__ Range range_of(const MatmulArgs& p, i32 chunk) {
+// The range that holds a unit. There are no more CTAs than units, so none is empty.
+__device__ __forceinline__ Range range_of(const MatmulArgs& p, i32 unit) {
   const i32 longer = p.extra * (p.each + 1);
-  return range_at(p, chunk < longer ? chunk / (p.each + 1) : p.extra + (chunk - longer) / p.each);
+  return range_at(p, unit < longer ? unit / (p.each + 1) : p.extra + (unit - longer) / p.each);
 }
 
+struct Place {
+  i32 strip, k;  // k: of a chunk, along k
+};
+// What one CTA does: `count` chunks, runs of k_count along k in strips that are strip_step apart.
+struct Work {
+  i32 count, skipped, first_strip, strip_step, k_begin, k_count;
+  __device__ __forceinline__ explicit Work(const MatmulArgs& p) {
+    const i32 cta = static_cast<i32>(blockIdx.x);
+    if constexpr (kSplit > 1) {
+      const i32 rank = cta % kSplit;
+      first_strip = cta / kSplit;
+      strip_step = static_cast<i32>(gridDim.x) / kSplit;
+      k_begin = rank * p.chunks_k / kSplit;
+      k_count = (rank + 1) * p.chunks_k / kSplit - k_begin;
+      count = (p.strips - first_strip + strip_step - 1) / strip_step * k_count;
+      skipped = 0;
+    } else {
+      const Range range = range_at(p, cta);
+      first_strip = 0;
+      strip_step = 1;
+      k_begin = 0;
+      k_count = p.chunks_k;
+      count = range.end - range.begin;
+      skipped = range.begin;
+    }
+  }
+  __device__ __forceinline__ Place at(i32 i) const {
+    const i32 j = i + skipped;
+    return {first_strip + j / k_count * strip_step, k_begin + j % k_count};
+  }
+  __device__ __forceinline__ i32 k_end() const { return k_begin + k_count; }
+};
+__device__ __forceinline__ i32 row_block_of(const MatmulArgs& p, i32 strip) { return strip % p.row_blocks; }
+__device__ __forceinline__ i32 first_token_of(const MatmulArgs& p, i32 strip) { return strip / p.row_blocks * kTokens; }
+
+constexpr int kBands = kBlocksM * 2;  // of 16 rows, in a chunk
 constexpr int kPartialFloats = kChunkRows * kTokens;
 constexpr int kPartialVectors = kPartialFloats / 4;
-// Partial of one fragment: float4 [row of blocks][tile][8 tokens][lane].
-__device__ __forceinline__ int fragment_index(int block_row, int r, int n, int lane) {
-  return ((block_row * 2 + r) * kTiles + n) * 32 + lane;
-}
-// A range has at most two partial segments: the one it begins in, and the last if another row block begins inside it.
-__device__ __forceinline__ float4* partial_of(const MatmulArgs& p, const Range& range, i32 row_block) {
-  const int second = range.begin < row_block * p.chunks_k;
+// Partial sums and the like of one fragment: float4 [band][8 tokens][lane].
+__device__ __forceinline__ int fragment_index(int band, int n, int lane) { return (band * kTiles + n) * 32 + lane; }
+// A range has at most two partial segments: the one it begins in, and the last if another strip begins inside it.
+__device__ __forceinline__ float4* partial_of(const MatmulArgs& p, const Range& range, i32 strip) {
+  const int second = range.begin < strip * p.chunks_k;
   return reinterpret_cast<float4*>(p.partials) + (static_cast<i64>(range.index) * 2 + second) * kPartialVectors;
 }
 
-// v: rows `row`, `row`, `row` + 8, `row` + 8; columns `token`, `token` + 1, likewise.
-__device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32 token, float4 v) {
+__device__ __forceinline__ u32 transpose_8x8(u32 v) {
+  u32 r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+// Writes 16 rows x 8 tokens of y. v: rows g, g, g + 8, g + 8; tokens 2 t, 2 t + 1, likewise, for lane 4 g + t. The whole warp
+// calls it. Transposed, two rows of a token lie in one register.
+__device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32 token, float4 v, int lane) {
+  const int g = lane >> 2, t = lane & 3;
   const float values[4] = {v.x, v.y, v.z, v.w};
+  u16* y = p.y + static_cast<i64>(token + g) * p.out_features;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const i32 m = row + half * 8;
-    if (m >= p.out_features) continue;
-    const float bias = p.bias ? to_float(p.bias[m]) : 0.f;
-#pragma unroll
-    for (int b = 0; b < 2; b++)
-      if (token + b < p.tokens) p.y[static_cast<i64>(token + b) * p.out_features + m] = to_value(values[2 * half + b] + bias);
+    const i32 of = row + half * 8 + g;
+    const float bias = p.bias && of < p.out_features ? to_float(p.bias[of]) : 0.f;
+    const u32 both = static_cast<u32>(to_value(values[2 * half] + bias)) | static_cast<u32>(to_value(values[2 * half + 1] + bias)) << 16;
+    const u32 rows = transpose_8x8(both);
+    const i32 m = row + half * 8 + 2 * t;
+    if (token + g >= p.tokens || m >= p.out_features) continue;
+    if ((p.out_features & 1) == 0) {
+      *reinterpret_cast<u32*>(y + m) = rows;
+    } else {
+      y[m] = static_cast<u16>(rows);
+      if (m + 1 < p.out_features) y[m + 1] = static_cast<u16>(rows >> 16);
+    }
   }
 }
 
-// Called by `threads` threads after they wrote a partial of the row block: tells all of them whether this CTA came last.
-__device__ __forceinline__ bool arrive_last(const MatmulArgs& p, i32 row_block, u32 flag, int thread, int threads) {
-  named_barrier<1>(threads);
+// Adds up the accumulators of the warps along k (kWarpsK of them) through shared memory, in their order, in the warps with
+// warp_k 0. kBandsAWarp bands a warp, from `band` on. All `threads` consumer threads call it.
+template <int kWarpsK, int kBandsAWarp>
+__device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
+  if constexpr (kWarpsK > 1) {
+    constexpr int kPass = kTiles < 2 ? kTiles : 2;  // 8-token tiles a pass through `scratch`
+    auto at = [&](int q, int r, int j) { return scratch + ((((q - 1) * kBands + band + r) * kPass + j) * 32 + lane) * 16; };
+#pragma unroll
+    for (int n0 = 0; n0 < kTiles; n0 += kPass) {
+      named_barrier<1>(threads);  // `scratch` is free: the pass or segment before has been read
+      if (warp_k) {
+#pragma unroll
+        for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+          for (int j = 0; j < kPass && n0 + j < kTiles; j++) {
+            const float(&c)[4] = acc[r][n0 + j];
+            sts_v4(at(warp_k, r, j), __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3]));
+          }
+      }
+      named_barrier<1>(threads);
+      if (warp_k == 0) {
+#pragma unroll
+        for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+          for (int j = 0; j < kPass && n0 + j < kTiles; j++) {
+            float(&c)[4] = acc[r][n0 + j];
+#pragma unroll
+            for (int q = 1; q < kWarpsK; q++) {
+              const uint4 v = lds_v4(at(q, r, j));
+              c[0] += __uint_as_float(v.x);
+              c[1] += __uint_as_float(v.y);
+              c[2] += __uint_as_float(v.z);
+              c[3] += __uint_as_float(v.w);
+            }
+          }
+      }
+    }
+  }
+}
+__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * (kTiles < 2 ? kTiles : 2) * 512; }
+
+template <int kBandsAWarp>
+__device__ __forceinline__ void clear(float (&acc)[kBandsAWarp][kTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
+}
+template <int kBandsAWarp>
+__device__ __forceinline__ void store(const MatmulArgs& p, const float (&acc)[kBandsAWarp][kTiles][4], i32 strip, int band, int lane) {
+  const i32 row = row_block_of(p, strip) * kChunkRows + band * 16, token = first_token_of(p, strip);
+#pragma unroll
+  for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      store_fragment(p, row + r * 16, token + n * 8, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]), lane);
+      asm volatile("" ::: "memory");  // keeps the compiler from loading all biases first, and spilling
+    }
+}
+
+// Sums the partials of a strip in the order of the ranges and writes y. All consumer threads call it.
+template <int kThreads>
+__device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, int thread) {
+  // Vectors and parts of one thread whose loads are in flight together: 16 KB of one CTA took 16 us to add up 128 tokens.
+  constexpr int kEach = kPartialVectors / kThreads;  // 0: some threads have none
+  constexpr int kVectors = kEach == 0        ? 1
+                           : kEach % 8 == 0 ? 8
+                           : kEach % 6 == 0 ? 6
+                           : kEach % 4 == 0 ? 4
+                           : kEach % 3 == 0 ? 3
+                           : kEach % 2 == 0 ? 2
+                                            : 1;
+  constexpr int kParts = kThreads > 256 ? (kTiles <= 2 ? 4 : 1) : 2;  // 16 warps have few registers
+  static_assert((kEach % kVectors == 0 && kPartialVectors % kThreads == 0) || kVectors == 1);
+  const i32 first = strip * p.chunks_k;
+  const Range head = range_of(p, first);
+  const i32 parts = range_of(p, first + p.chunks_k - 1).index - head.index + 1;
+  const float4* head_partial = partial_of(p, head, strip);
+  // Ranges after the first begin in this strip, so theirs is the first of their partials.
+  const float4* rest = reinterpret_cast<const float4*>(p.partials) + static_cast<i64>(head.index) * 2 * kPartialVectors;
+  const i32 row = row_block_of(p, strip) * kChunkRows, token = first_token_of(p, strip);
+  const int lane = thread & 31;
+#pragma unroll 1
+  for (int i = thread; i < kPartialVectors; i += kVectors * kThreads) {
+    float4 sum[kVectors] = {};
+#pragma unroll 1
+    for (i32 j0 = 0; j0 < parts; j0 += kParts) {
+      float4 v[kParts][kVectors] = {};
+#pragma unroll
+      for (int q = 0; q < kParts; q++) {
+        const i32 j = j0 + q;
+        const float4* from = (j ? rest + static_cast<i64>(j) * 2 * kPartialVectors : head_partial) + i;
+        if (j < parts) {
+#pragma unroll
+          for (int u = 0; u < kVectors; u++) v[q][u] = __ldcg(from + u * kThreads);
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < kParts; q++)
+#pragma unroll
+        for (int u = 0; u < kVectors; u++) {
+          sum[u].x += v[q][u].x;
+          sum[u].y += v[q][u].y;
+          sum[u].z += v[q][u].z;
+          sum[u].w += v[q][u].w;
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < kVectors; u++) {
+      const int fragment = (i + u * kThreads) >> 5;
+      store_fragment(p, row + fragment / kTiles * 16, token + fragment % kTiles * 8, sum[u], lane);
+    }
+  }
+}
+
+// Ends a segment without kSplit: adds up, and writes y or leaves a partial. All consumer threads call it.
+template <int kWarpsK, int kBandsAWarp>
+__device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch,
+                                               u32 flag, int band, int warp_k, int lane) {
+  constexpr int kThreads = kBands / kBandsAWarp * kWarpsK * 32;
+  const int thread = (warp_k * (kBands / kBandsAWarp) + band / kBandsAWarp) * 32 + lane;
+  const Range range = range_at(p, static_cast<i32>(blockIdx.x));
+  const i32 first = strip * p.chunks_k;
+  const bool whole = range.begin <= first && range.end >= first + p.chunks_k;
+  // With more accumulators the compiler spills; those go by way of a partial even if they are the only one.
+  constexpr bool kDirect = kBandsAWarp * kTiles <= 16;
+  sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, warp_k, lane, kThreads);
+  if constexpr (kDirect) {
+    if (whole) {
+      if (warp_k == 0) store(p, acc, strip, band, lane);
+      clear(acc);
+      return;
+    }
+  }
+  if (warp_k == 0) {
+    float4* partial = partial_of(p, range, strip) + fragment_index(band, 0, lane);
+#pragma unroll
+    for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+      for (int n = 0; n < kTiles; n++)
+        __stcg(partial + (r * kTiles + n) * 32, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]));
+  }
+  clear(acc);
+  named_barrier<1>(kThreads);
+  if (!kDirect && whole) {
+    reduce_partials<kThreads>(p, strip, thread);
+    named_barrier<1>(kThreads);  // it has been read
+    return;
+  }
   if (thread == 0) {
-    const i32 first = row_block * p.chunks_k;
     const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
-    __threadfence();
     u32 before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + row_block) : "memory");
+    __threadfence();
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + strip) : "memory");
     const bool last = before == parts - 1;
-    if (last) p.arrivals[row_block] = 0;
+    if (last) p.arrivals[strip] = 0;
     __threadfence();
     sts_u32(flag, last);
   }
-  named_barrier<1>(threads);
-  return lds_u32(flag) != 0;
+  named_barrier<1>(kThreads);
+  if (lds_u32(flag)) reduce_partials<kThreads>(p, strip, thread);
 }
-
-// Sums the partials of a row block in the order of the ranges and writes y.
-__device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 row_block, int thread, int threads) {
-  const i32 first = row_block * p.chunks_k;
-  const Range head = range_of(p, first);
-  const i32 parts = range_of(p, first + p.chunks_k - 1).index - head.index + 1;
-  const float4* head_partial = partial_of(p, head, row_block);
-  const float4* rest = reinterpret_cast<const float4*>(p.partials) + static_cast<i64>(head.index) * 2 * kPartialVectors;
-#pragma unroll 1
-  for (int i = thread; i < kPartialVectors; i += threads) {
-    float4 sum = __ldcg(head_partial + i);
-    const float4* part = rest + i;
-    i32 j = 1;
-    for (; j + 3 < parts; j += 4) {
-      float4 v[4];
-#pragma unroll
-      for (int u = 0; u < 4; u++) v[u] = __ldcg(part + static_cast<i64>(j + u) * 2 * kPartialVectors);
-#pragma unroll
-      for (int u = 0; u < 4; u++) {
-        sum.x += v[u].x;
-        sum.y += v[u].y;
-        sum.z += v[u].z;
-        sum.w += v[u].w;
-      }
-    }
-    for (; j < parts; j++) {
-      const float4 v = __ldcg(part + static_cast<i64>(j) * 2 * kPartialVectors);
-      sum.x += v.x;
-      sum.y += v.y;
-      sum.z += v.z;
-      sum.w += v.w;
-    }
-    const int lane = i & 31, n = (i >> 5) % kTiles, tile = (i >> 5) / kTiles;
-    store_fragment(p, row_block * kChunkRows + tile * 16 + (lane >> 2), n * 8 + 2 * (lane & 3), sum);
-  }
-}
-
-// Adds up the accumulators of the warps along k (kWarpsK of them, warp_k fastest last) through shared memory, then
-// writes y or a partial. All `threads` consumer threads call it; accumulators are zero afterwards.
-template <int kWarpsK>
-__device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[2][kTiles][4], const Range& range, i32 row_block,
-                                               u32 scratch, u32 flag, int warp_m, int warp_k, int lane, int thread, int threads) {
-  constexpr int kPass = kTiles < 2 ? kTiles : 2;  // 8-token tiles a pass through `scratch`
-  const i32 first = row_block * p.chunks_k;
-  const bool whole = range.begin <= first && range.end >= first + p.chunks_k;
-  float4* partial = partial_of(p, range, row_block);
-#pragma unroll
-  for (int n0 = 0; n0 < kTiles; n0 += kPass) {
-    if constexpr (kWarpsK > 1) {
-      named_barrier<1>(threads);  // `scratch` is free: the pass or segment before has been read
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int j = 0; j < kPass && n0 + j < kTiles; j++) {
-          float(&c)[4] = acc[r][n0 + j];
-          const u32 at = scratch + (((((warp_k - 1) * kBlocksM + warp_m) * 2 + r) * kPass + j) * 32 + lane) * 16;
-          if (warp_k) sts_v4(at, __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3]));
-        }
-      named_barrier<1>(threads);
-    }
-    if (warp_k == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int j = 0; j < kPass && n0 + j < kTiles; j++) {
-          float(&c)[4] = acc[r][n0 + j];
-#pragma unroll
-          for (int q = 1; q < kWarpsK; q++) {
-            const uint4 v = lds_v4(scratch + (((((q - 1) * kBlocksM + warp_m) * 2 + r) * kPass + j) * 32 + lane) * 16);
-            c[0] += __uint_as_float(v.x);
-            c[1] += __uint_as_float(v.y);
-            c[2] += __uint_as_float(v.z);
-            c[3] += __uint_as_float(v.w);
-          }
-          const float4 v = make_float4(c[0], c[1], c[2], c[3]);
-          if (whole) {
-            store_fragment(p, row_block * kChunkRows + warp_m * kBlockRows + r * 16 + (lane >> 2), (n0 + j) * 8 + 2 * (lane & 3), v);
-          } else {
-            __stcg(partial + fragment_index(warp_m, r, n0 + j, lane), v);
-          }
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-#pragma unroll
-      for (int j = 0; j < kPass && n0 + j < kTiles; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) acc[r][n0 + j][i] = 0.f;
-  }
-  if (!whole) {
-    if (arrive_last(p, row_block, flag, thread, threads)) reduce_partials(p, row_block, thread, threads);
-  }
-}
-__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBlocksM * 2 * (kTiles < 2 ? kTiles : 2) * 512; }

@@ -1,4 +1,4 @@
-// Between the storage layout (FORMAT.md) and the kernels' layout (layout.cuh), bit-exact, and from the latter to dense.
+// Between the storage layout (FORMAT.md) and the kernels' layout (layout.cuh), bit-exact.
 //
 // A CTA takes chunks in a grid-stride loop, a warp one block of the chunk: two bands of 16 rows of a GroupTile. A band is 16
 // words of 64 bits in storage order (TCTile, column half, row half); word 2 i + h is step i, row half h, and bits 2 lane,
@@ -14,13 +14,9 @@ struct RepackArgs {
   u8* chunks;          // kernels' layout
   i32* offsets;        // [T + 1], in kOffsetUnit
   i64* sizes;          // [T], in kOffsetUnit
-  u16* dense;          // (rows of the row blocks asked for, columns)
-  i64 dense_stride;
-  i32 rows, columns;   // M, K
   i32 group_rows, group_cols;
   i32 chunks_k;
-  i32 first_chunk, chunk_count;
-  i32 first_row;       // of `dense`
+  i32 chunk_count;
 };
 
 constexpr int kThreads = kBlocks * 32;
@@ -29,15 +25,12 @@ constexpr int kStorageUnit = 8;
 struct BlockPlace {
   i64 group_tile;  // -1: outside
   int band;        // of the GroupTile, 0 or 2
-  i32 row, column; // first of the block
 };
 __device__ __forceinline__ BlockPlace place_of(const RepackArgs& p, i32 chunk, int block) {
   const i32 row_block = chunk / p.chunks_k, chunk_k = chunk % p.chunks_k;
   const i64 block_row = static_cast<i64>(row_block) * kBlocksM + block % kBlocksM;
   const i32 block_col = chunk_k * kBlocksK + block / kBlocksM;
   BlockPlace place;
-  place.row = static_cast<i32>(block_row * kBlockRows);
-  place.column = block_col * kBlockCols;
   place.band = static_cast<int>(block_row & 1) * 2;
   const i64 group_row = block_row >> 1;
   place.group_tile = group_row < p.group_rows && block_col < p.group_cols ? group_row * p.group_cols + block_col : -1;
@@ -210,59 +203,5 @@ extern "C" __global__ void __launch_bounds__(kThreads) spinfer_unpack_values(con
         if (l & 2u) out[to] = __ldg(in + from);
       }
     }
-  }
-}
-
-// Chunks to dense rows. A warp lays its block out in shared memory and writes rows of 128 bytes.
-extern "C" __global__ void __launch_bounds__(kThreads) spinfer_to_dense(const __grid_constant__ RepackArgs p) {
-  extern __shared__ __align__(128) u8 staged[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  constexpr int kRowWords = kBlockCols / 2 + 4;  // padded by 16 bytes: the 8 rows of a step fall into different banks
-  u32* tile = reinterpret_cast<u32*>(staged) + warp * kBlockRows * kRowWords;
-  const u32 lanes_below = (1u << lane) - 1;
-  const bool wide = (p.dense_stride & 7) == 0 && (reinterpret_cast<u64>(p.dense) & 15) == 0;
-  for (i32 j = blockIdx.x; j < p.chunk_count; j += gridDim.x) {
-    const i32 i = p.first_chunk + j;
-    const BlockPlace place = place_of(p, i, warp);
-    if (place.row >= p.rows || place.column >= p.columns) continue;
-    const PackedBlock block = packed_block(p, i, warp, lane);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const u16* in = block.values + block.start[r];
-      u32 before = 0;
-#pragma unroll
-      for (int step = 0; step < 8; step++) {
-        const u32 bits = step_bits(block.mask[r], step);
-        u32 at = before;
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-          const u32 lanes = __ballot_sync(~0u, bits >> b & 1u);
-          at += __popc(lanes & lanes_below);
-          before += __popc(lanes);
-        }
-        u32 upper = 0, lower = 0;
-        if (bits & 1u) upper = __ldg(in + at++);
-        if (bits & 2u) upper |= static_cast<u32>(__ldg(in + at++)) << 16;
-        if (bits & 4u) lower = __ldg(in + at++);
-        if (bits & 8u) lower |= static_cast<u32>(__ldg(in + at)) << 16;
-        tile[(r * 16 + g) * kRowWords + step * 4 + t] = upper;
-        tile[(r * 16 + g + 8) * kRowWords + step * 4 + t] = lower;
-      }
-    }
-    __syncwarp();
-    u16* out = p.dense + static_cast<i64>(place.row - p.first_row) * p.dense_stride + place.column;
-    const int rows = min(kBlockRows, p.rows - place.row), columns = min(kBlockCols, p.columns - place.column);
-    if (wide && columns == kBlockCols) {
-#pragma unroll
-      for (int k = 0; k < kBlockRows / 4; k++) {
-        const int row = k * 4 + (lane >> 3);
-        if (row < rows) *reinterpret_cast<uint4*>(out + row * p.dense_stride + (lane & 7) * 8) = *reinterpret_cast<const uint4*>(tile + row * kRowWords + (lane & 7) * 4);
-      }
-    } else {
-      const u16* from = reinterpret_cast<const u16*>(tile);
-      for (int row = 0; row < rows; row++)
-        for (int c = lane; c < columns; c += 32) out[row * p.dense_stride + c] = from[row * kRowWords * 2 + c];
-    }
-    __syncwarp();
   }
 }

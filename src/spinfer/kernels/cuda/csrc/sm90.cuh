@@ -1,0 +1,160 @@
+// What the Hopper kernels share: mbarriers, clusters, and the warp that copies the weight into a ring of shared memory.
+#pragma once
+#include "common.cuh"
+#include "layout.cuh"
+#include "matmul.cuh"
+
+// L2 policies as createpolicy.fractional encodes them for a fraction of 1. Without them the weight, read once, evicts x,
+// which every CTA reads: 5 % of the time at 32 tokens.
+constexpr u64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
+
+enum : u32 { kEndOfSegment = 1, kEndOfWork = 2, kReleaseFirst = 4 };
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+struct LaunchArgs {
+  TensorMap x_map;
+  MatmulArgs matmul;
+};
+
+__device__ __forceinline__ void mbarrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 0x989680;\n"
+      "@!done bra retry;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// The same shared address in CTA `rank` of the cluster.
+__device__ __forceinline__ u32 in_cta(u32 address, u32 rank) {
+  u32 mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void mbarrier_arrive_remote(u32 mapped) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// With programmatic dependent launch: returns when the kernels before this one are complete and their writes visible.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+constexpr int kMaxSlots = 8;
+// Shared memory begins with the barriers of each slot, its note, and what a kernel adds from kFree on.
+// A note is {flags, strip, address of the next chunk, -}.
+constexpr u32 kLanded = 0, kEmpty = 8 * kMaxSlots, kNotes = 16 * kMaxSlots, kFree = 32 * kMaxSlots;
+
+// Copies the weight's chunks of this CTA's work. All 32 lanes run it; lane 0 issues.
+struct WeightProducer {
+  const MatmulArgs& p;
+  const u32 start;  // of shared memory
+  const Work work;
+  const int lane;
+  int slot = 0, held = 0, release_slot = 0;
+  u32 parity = 0, release_parity = 0;
+  u32 head = 0, tail = 0;  // bytes ever taken and given back, skipped ends of the ring included; only differences count
+  u32 at = 0;              // head's place in the ring
+  u32 slot_end = 0;        // lane s: `head` after the chunk in slot s
+  i32 offset = 0, offset_next = 0;  // lane i: of the i-th chunk from the last load on
+  u32 strip = 0, ends = 0;          // lane i: its strip, and whether it ends a segment
+
+  __device__ __forceinline__ WeightProducer(const MatmulArgs& p, const u32 start, const Work& work, int lane)
+      : p(p), start(start), work(work), lane(lane) {}
+  // What the 32 chunks from the i-th on need, one a lane. Each load serves 31: issuing a chunk takes the next one's size.
+  __device__ __forceinline__ void load_offsets(i32 i) {
+    const Place place = work.at(min(i + lane, work.count - 1));
+    const i32 chunk = row_block_of(p, place.strip) * p.chunks_k + place.k;
+    offset = __ldg(p.offsets + chunk);
+    offset_next = __ldg(p.offsets + chunk + 1);
+    strip = place.strip;
+    ends = i + lane + 1 >= work.count || place.k + 1 == work.k_end();
+  }
+  __device__ __forceinline__ u32 ring() const { return start + p.ring_at; }
+  __device__ __forceinline__ u32 bytes_of(int from) const {
+    return static_cast<u32>(__shfl_sync(~0u, offset_next - offset, from)) * kOffsetUnit;
+  }
+  __device__ __forceinline__ void wait_released() {
+    mbarrier_wait(start + kEmpty + 8 * release_slot, release_parity);
+    tail = __shfl_sync(~0u, slot_end, release_slot);
+    held--;
+    if (++release_slot == p.slots) release_slot = 0, release_parity ^= 1;
+  }
+  // Waits until the chunk `in_flight` before the next one has landed.
+  __device__ __forceinline__ void limit_in_flight() const {
+    const int back = slot - p.in_flight;
+    mbarrier_wait(start + kLanded + 8 * (back < 0 ? back + p.slots : back), back < 0 ? parity ^ 1 : parity);
+  }
+  // `from`: the lane that knows of the chunk.
+  __device__ __forceinline__ void issue(i32 i, int from) {
+    const i32 begin = __shfl_sync(~0u, offset, from);
+    const u32 strip_now = __shfl_sync(~0u, strip, from), ends_segment = __shfl_sync(~0u, ends, from);
+    const u32 bytes = bytes_of(from);
+    const u32 following = bytes_of(from + 1);
+    // With all slots issued at once the first chunk lands only when nearly all of them have (10 us instead of 3.9).
+    if (i >= p.in_flight) limit_in_flight();
+    if (at + bytes > static_cast<u32>(p.ring)) {
+      head += p.ring - at;
+      at = 0;
+      // The skipped end comes free with the chunk before it, or `tail` would lag behind what consumers hold.
+      if (held == 0) tail = head;
+      if (lane == (slot ? slot : p.slots) - 1) slot_end = head;
+    }
+    while (held >= p.slots || head + bytes - tail > static_cast<u32>(p.ring)) wait_released();
+    const u32 next_at = at + bytes + following <= static_cast<u32>(p.ring) ? at + bytes : 0;
+    // Consumers open a chunk before they give back the one before it; they must not if the ring cannot hold both, or if there
+    // is none.
+    const bool both_fit = (next_at || following <= at) && i + 1 < work.count;
+    if (lane == 0) {
+      sts_v4(start + kNotes + 16 * slot, (ends_segment ? kEndOfSegment : 0) | (both_fit ? 0 : kReleaseFirst), strip_now,
+             ring() + next_at, 0);
+      mbarrier_expect(start + kLanded + 8 * slot, bytes);
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+              ring() + at),
+          "l"(p.weight + static_cast<i64>(begin) * kOffsetUnit), "r"(bytes), "r"(start + kLanded + 8 * slot), "l"(kEvictFirst)
+          : "memory");
+    }
+    __syncwarp();
+    at += bytes;
+    head += bytes;
+    if (lane == slot) slot_end = head;
+    if (++slot == p.slots) slot = 0, parity ^= 1;
+    held++;
+  }
+  // The first load_offsets(0) is the caller's: it takes as long as setting up the barriers.
+  __device__ __forceinline__ void run() {
+    int from = 0;
+    for (i32 i = 0; i < work.count; i++, from++) {
+      if (from == 31) {
+        load_offsets(i);
+        from = 0;
+      }
+      issue(i, from);
+    }
+    // One more note, of no chunk, says that the work is done.
+    while (held >= p.slots) wait_released();
+    if (lane == 0) {
+      sts_v4(start + kNotes + 16 * slot, kEndOfWork, 0, 0, 0);
+      mbarrier_arrive(start + kLanded + 8 * slot);
+    }
+  }
+};
+
+struct Note {
+  u32 flags;
+  i32 strip;
+  u32 next_chunk;
+};
+__device__ __forceinline__ Note read_note(u32 address) {
+  const uint4 v = lds_v4(address);
+  return {v.x, static_cast<i32>(v.y), v.z};
+}

@@ -1,0 +1,85 @@
+// Chunks to dense rows, at the speed of memory: for batches so large that cuBLAS on decoded rows is the faster way.
+//
+// Four warps a CTA. Each takes blocks in a stride, copies the next one while it decodes this one into Tensor Core fragments,
+// lays those out as rows in shared memory and writes rows of 128 bytes.
+#include "block_copy.cuh"
+#include "common.cuh"
+#include "decode.cuh"
+#include "layout.cuh"
+
+struct DenseArgs {
+  const u8* weight;    // chunks
+  const i32* offsets;  // [T + 1], in kOffsetUnit
+  u16* dense;          // (rows of the row blocks asked for, columns)
+  i64 dense_stride;
+  i32 rows, columns;   // M, K
+  i32 chunks_k;
+  i32 first_chunk, chunk_count;
+  i32 first_row;       // of `dense`
+};
+
+constexpr int kWarps = 4;
+constexpr u32 kRowBytes = kBlockCols * 2 + 16;  // padded by 16 bytes: the 8 rows of a step fall into different banks
+constexpr u32 kTileBytes = kBlockRows * kRowBytes;
+constexpr u32 kWarpBytes = 2 * kBlockBuffer + kTileBytes;
+static_assert(kBlockBuffer % 16 == 0 && kTileBytes % 16 == 0);
+
+extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(const __grid_constant__ DenseArgs p) {
+  extern __shared__ __align__(128) u8 memory[];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const u32 buffers = smem_address(memory) + warp * kWarpBytes, tile = buffers + 2 * kBlockBuffer;
+  const BlockDecoder decoder(lane);
+  const bool wide = (p.dense_stride & 7) == 0 && (reinterpret_cast<u64>(p.dense) & 15) == 0;
+  const i64 blocks = static_cast<i64>(p.chunk_count) * kBlocks, step = static_cast<i64>(gridDim.x) * kWarps;
+  const i64 begin = static_cast<i64>(blockIdx.x) * kWarps + warp;
+  auto chunk_of = [&](i64 i) { return p.first_chunk + static_cast<i32>(i / kBlocks); };
+  BlockCopy current;
+  if (begin < blocks) {
+    current = find_block(p.weight, p.offsets, chunk_of(begin), begin % kBlocks);
+    copy_block(current, begin % kBlocks, buffers, lane);
+  }
+  int parity = 0;
+  for (i64 i = begin; i < blocks; i += step, parity ^= 1) {
+    const u32 buffer = buffers + parity * kBlockBuffer;
+    BlockCopy next = current;
+    if (i + step < blocks) {
+      next = find_block(p.weight, p.offsets, chunk_of(i + step), (i + step) % kBlocks);
+      copy_block(next, (i + step) % kBlocks, buffers + (parity ^ 1) * kBlockBuffer, lane);
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncwarp();
+    BlockState state;
+    load_copied(state, current, buffer, lane);
+    decoder.open(state);
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      u32 a[2][4];
+      decoder.fragments(a, state, s);
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int q = 0; q < 4; q++) sts_u32(tile + (r * 16 + q % 2 * 8 + g) * kRowBytes + (s * 8 + q / 2 * 4 + t) * 4, a[r][q]);
+    }
+    __syncwarp();
+    const i32 chunk = chunk_of(i);
+    const int block = static_cast<int>(i % kBlocks);
+    const i32 row = (chunk / p.chunks_k * kBlocksM + block % kBlocksM) * kBlockRows;
+    const i32 column = (chunk % p.chunks_k * kBlocksK + block / kBlocksM) * kBlockCols;
+    u16* out = p.dense + static_cast<i64>(row - p.first_row) * p.dense_stride + column;
+    const int rows = min(kBlockRows, p.rows - row), columns = min(kBlockCols, p.columns - column);
+    if (wide && columns == kBlockCols) {
+#pragma unroll
+      for (int k = 0; k < kBlockRows / 4; k++) {
+        const int m = k * 4 + (lane >> 3);
+        if (m < rows) *reinterpret_cast<uint4*>(out + m * p.dense_stride + (lane & 7) * 8) = lds_v4(tile + m * kRowBytes + (lane & 7) * 16);
+      }
+    } else {
+      for (int m = 0; m < rows; m++)
+        for (int c = lane; c < columns; c += 32) out[m * p.dense_stride + c] = static_cast<u16>(lds_u16<0>(tile + m * kRowBytes + c * 2));
+    }
+    __syncwarp();  // all lanes have read the tile and the buffer before they are written again
+    current = next;
+  }
+}
