@@ -27,9 +27,9 @@ class RealMask:
 
     def __init__(self, path: str | Path, device: torch.device | str) -> None:
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt", device="cpu") as file:
                 self.origin: str = (file.metadata() or {}).get("origin", str(path))
-                self._kept = {float(name): _unpacked(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+                self._kept = {float(name): _unpacked(file.get_tensor(name).to(device)) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
             raise SpinferError(f"{path} is no mask file ({error}); write one with benchmarks/real_mask.py") from error
 
