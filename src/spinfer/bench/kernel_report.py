@@ -233,14 +233,14 @@ def _plot_sparsity(sweep: Sweep, axes: Any) -> None:
     rows = sweep.of("grid", n=16, mask="random")
     _lines(axes, rows, "sparsity")
     limits = dict(sorted((row["sparsity"], row["byte_limit"]) for row in rows))
-    axes.plot([100 * s for s in limits], list(limits.values()), "k--", label="byte limit")
+    axes.plot([100 * s for s in limits], list(limits.values()), "k--", label="byte limit (dense bytes / ours)")
     axes.set(xlabel="sparsity (%)", ylabel="speed-up over cuBLAS fp16, N = 16")
 
 
 def _plot_tokens(sweep: Sweep, axes: Any) -> None:
     rows = sweep.of("grid", sparsity=0.6, mask="random")
     _lines(axes, rows, "n")
-    axes.axhline(rows[0]["byte_limit"], color="k", linestyle="--", label="byte limit")
+    axes.axhline(rows[0]["byte_limit"], color="k", linestyle="--", label="byte limit (dense bytes / ours)")
     axes.set_xscale("log", base=2)
     ticks = sorted({row["n"] for row in rows if row["n"].bit_count() == 1})
     axes.set_xticks(ticks, [str(n) for n in ticks])
@@ -253,7 +253,9 @@ def _plot_share(sweep: Sweep, axes: Any) -> None:
         sizes = [row["m"] * row["k"] / 1e6 for row in rows]
         axes.scatter(sizes, [sweep.share(row) for row in rows], marker=marker, s=20, label=f"N = {n}")
     axes.axhline(1, color="k", linestyle="--", label="byte limit")
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    ticks = (16, 32, 64, 128, 256, 512)
+    axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.set(xlabel="weights of the matrix (millions)", ylabel="share of the byte limit, 60 % sparsity")
 
 

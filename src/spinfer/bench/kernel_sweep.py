@@ -57,6 +57,7 @@ class Group:
         sparsities: shares of zeros.
         masks: each with each sparsity.
         dtype: of weight and x.
+        fp8: whether to time cuBLAS FP8 as well, once for each number of tokens.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Group:
     sparsities: tuple[float, ...]
     masks: tuple[str, ...] = ("random",)
     dtype: torch.dtype = torch.float16
+    fp8: bool = False
 
     @property
     def cases(self) -> int:
@@ -82,11 +84,11 @@ def plan(*, real_sparsities: Sequence[float] = (), quick: bool = False) -> list[
     if quick:
         shapes, tokens = (SHAPES[0], SHAPES[-1]), (1, 16, 64, 512)
         return [
-            *(Group("grid", shape, tokens, (0.6,)) for shape in shapes),
+            *(Group("grid", shape, tokens, (0.6,), fp8=True) for shape in shapes),
             Group("masks", SHAPES[2], (16,), (0.5,), MASKS),
             *(Group("masks", SHAPES[2], (16,), (s,), ("wanda",)) for s in real_sparsities[:1]),
         ]
-    groups = [Group("grid", shape, TOKENS, (0.6, 0.5, 0.7)) for shape in SHAPES]
+    groups = [Group("grid", shape, TOKENS, (0.6, 0.5, 0.7), fp8=True) for shape in SHAPES]
     for shape in (SHAPES[2], SHAPES[0]):
         groups += [
             Group("masks", shape, (1, 16), (0.5,), ("2:4",)),
@@ -94,7 +96,7 @@ def plan(*, real_sparsities: Sequence[float] = (), quick: bool = False) -> list[
         ]
         if real_sparsities:
             groups.append(Group("masks", shape, (1, 16), tuple(real_sparsities), ("wanda",)))
-    groups += [Group("models", shape, (1, 16, 64, 512), (0.6,)) for shape in _model_shapes()]
+    groups += [Group("models", shape, (1, 16, 64, 512), (0.6,), fp8=True) for shape in _model_shapes()]
     groups += [Group("bfloat16", shape, (1, 16, 64, 512), (0.6,), dtype=torch.bfloat16) for shape in SHAPES[::5]]
     groups += [Group("grid", shape, TOKENS, (0.4, 0.3, 0.8)) for shape in SHAPES]
     return groups
@@ -198,14 +200,15 @@ def sweep(results: Results, groups: Sequence[Group], *, real: RealMask | None, b
     print(f"{results.seconds:.0f} s: {json.dumps(overheads)}", file=sys.stderr, flush=True)
 
     print(HEADER)
+    bench: ShapeBench | None
     for group in groups:
         if results.seconds > budget_s:
             break
         with results.recording(str(group.shape)):
             torch.cuda.empty_cache()
-            bench = ShapeBench(*group.shape, dtype=group.dtype, fp8=group.name != "masks")
+            bench = ShapeBench(*group.shape, dtype=group.dtype, fp8=group.fp8)
             run_group(group, bench, results, real=real, budget_s=budget_s, report=_print_row)
-            del bench
+        bench = None  # its memory, before the next one asks for more
 
 
 def _print_row(row: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ def bench_one_kernel(
         print_json({"environment": environment(), "results": rows})
         return
     print_table(
-        ["sparsity", "N", "us", "cuBLAS us", "FP8 us", "speed-up", "byte limit", "error"],
+        ["sparsity", "tokens", "us", "cuBLAS us", "FP8 us", "speed-up", "byte limit", "error"],
         [
             [
                 f"{r['sparsity']:.0%}",
