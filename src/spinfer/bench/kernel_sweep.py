@@ -241,9 +241,8 @@ def main() -> None:
     results = Results(options.out)
     real = None if options.real_mask is None else RealMask(options.real_mask, "cuda")
     groups = plan(real_sparsities=real.sparsities if real else (), quick=options.quick)
-    results.content["environment"] = environment(options.commit) | {"real_mask": real.origin if real else None}
-    results.save(now=True)
     try:
+        results.content["environment"] = environment(options.commit) | {"real_mask": real.origin if real else None}
         sweep(results, groups, real=real, budget_s=options.time_budget)
     finally:
         results.save(now=True)
