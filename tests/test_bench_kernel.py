@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from spinfer.bench import kernel_sweep, kernel_timing
 from spinfer.bench.kernel import ShapeBench
 from spinfer.bench.kernel_masks import MASKS, RealMask, prune_
 from spinfer.bench.kernel_sweep import MODELS, SHAPES, TOKENS, Group, Results, plan, run_group
-from spinfer.bench.kernel_timing import Call, Timing, cold_copies, launches_of, timing_of
+from spinfer.bench.kernel_timing import Call, GraphTimer, Timing, cold_copies, launches_of, timing_of
 from spinfer.errors import SpinferError
 from spinfer.kernels.cuda.select import DeviceTraits
 
@@ -63,6 +66,79 @@ def test_copies_leave_the_cache() -> None:
 
 def test_medians() -> None:
     assert timing_of([5.0, 1.0, 2.0]) == Timing(2.0, 2.0)
+
+
+class FakeDevice:
+    """A clock that only calls move on, by 125 us each, and graphs that repeat the calls captured into them."""
+
+    def __init__(self) -> None:
+        self.now_ms, self.capturing, self.log = 0.0, None, []
+
+    def call(self, name: str) -> None:
+        self.log.append((name, self.capturing is not None))
+        if self.capturing is not None:
+            self.capturing.append(name)
+        else:
+            self.now_ms += 0.125
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = self
+
+        class Graph:
+            def capture_begin(self, capture_error_mode: str) -> None:
+                device.capturing = self.names = []
+
+            def capture_end(self) -> None:
+                device.capturing = None
+
+            def replay(self) -> None:
+                for name in self.names:
+                    device.call(name)
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.now_ms
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.at - self.at
+
+        stream = SimpleNamespace(synchronize=lambda: None)
+        fakes = {"Stream": lambda: stream, "CUDAGraph": Graph, "Event": Event, "synchronize": lambda: None}
+        for name, fake in (fakes | {"stream": lambda _: nullcontext()}).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_graph_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    device.install(monkeypatch)
+    timer = GraphTimer()
+    ours = timer.prepare([functools.partial(device.call, f"ours {i}") for i in range(5)])
+    dense = timer.prepare([functools.partial(device.call, "dense")])
+    assert device.log[:4] == [("ours 0", False), ("ours 0", False), ("ours 1", False), ("ours 2", False)]
+    assert (ours.launches, dense.launches) == (10, 10)  # 1200 us of 125 us each, in whole turns of five
+    assert ours.graph.names == [f"ours {i}" for i in range(5)] * 2
+    assert len(ours.calls) == 5
+    device.log.clear()
+    assert [timing.us for timing in timer.interleaved([ours, dense])] == [125.0] * 2
+    turns = [name for name, _ in itertools.groupby(name.split()[0] for name, _ in device.log)]
+    assert turns == ["ours", "dense"] * 8
+
+
+def test_a_call_that_fails_ends_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    device.install(monkeypatch)
+
+    def fail() -> None:
+        device.call("x")
+        if device.capturing is not None:
+            raise RuntimeError("not while capturing")
+
+    with pytest.raises(RuntimeError, match="not while capturing"):
+        GraphTimer().prepare([fail])
+    assert device.capturing is None
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -253,6 +329,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel_sweep, "require_cuda", lambda: None)
     monkeypatch.setattr(kernel_sweep, "environment", lambda commit: {"device": "a CPU", "commit": commit})
+    monkeypatch.setattr(kernel_sweep, "bandwidths", lambda: {"read_bandwidth": 3e12})
     monkeypatch.setattr(kernel_sweep, "device_traits", lambda index: DeviceTraits((9, 0), 132, 232448))
     monkeypatch.setattr(kernel_sweep, "compile_all", lambda sources, workers: None)
     monkeypatch.setattr(kernel_sweep, "first_call", lambda: {"compile_s": 1.0})
@@ -279,7 +356,12 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(sys, "argv", arguments)
     kernel_sweep.main()
     content = json.loads(out.read_text())
-    assert content["environment"] == {"device": "a CPU", "commit": "abc", "real_mask": "a model"}
+    assert content["environment"] == {
+        "device": "a CPU",
+        "commit": "abc",
+        "real_mask": "a model",
+        "read_bandwidth": 3e12,
+    }
     assert content["planned"] == len(content["results"]) == 6
     assert [error["what"] for error in content["errors"]] == ["launches"]
     assert content["overheads"]["compile"]["kernels"] >= 3

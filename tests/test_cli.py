@@ -170,11 +170,12 @@ def test_bench_kernel_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("spinfer.cli.bench.bench_kernel", fake)
     monkeypatch.setattr("spinfer.cli.bench.environment", lambda: {"device": "made up"})
+    monkeypatch.setattr("spinfer.cli.bench.bandwidths", lambda: {"read_bandwidth": 3e12})
     arguments = ("bench", "kernel", "-m", "64", "-k", "128", "-n", "4", "-n", "8", "--sparsity", "0.7")
     cells = [cell.strip() for cell in succeed(*arguments).splitlines()[-1].split("|")]
     assert cells[1:-1] == ["70%", "4", "10.0", "25.0", "", "2.50", "2.76", "2.0e-04"]
     result = as_json(*arguments, "--dtype", "bfloat16", "--mask", "2:4", "--json")
-    assert result["environment"] == {"device": "made up"}
+    assert result["environment"] == {"device": "made up", "read_bandwidth": 3e12}
     assert result["results"][0]["us"] == 10.0
     assert asked == [
         (64, 128, [4, 8], [0.7], torch.float16, "random"),

@@ -197,21 +197,27 @@ class ShapeBench:
         return float((y[tokens][:, rows].double() - expected).norm() / expected.norm())
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of a pure read of 4 GiB, the best of two reductions: the ceiling of the byte limit."""
+def bandwidths() -> dict[str, float]:
+    """Bytes a second of device memory.
+
+    Returns:
+        `read_bandwidth`, a pure read of 4 GiB, the better of two reductions: the ceiling of the byte limit; and
+        `copy_bandwidth`, a copy of 1 GiB, read and written.
+    """
+    timer = GraphTimer()
     source = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
-    timer = GraphTimer()
-    reads: list[Call] = [functools.partial(torch.sum, source), functools.partial(torch.amax, source)]
-    return source.nbytes / min(t.us for t in timer.interleaved([timer.prepare([read]) for read in reads])) * 1e6
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy of 1 GiB, read and written."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    timer = GraphTimer()
-    (timing,) = timer.interleaved([timer.prepare([functools.partial(target.copy_, source)])])
-    return 2 * source.nbytes / timing.us * 1e6
+    quarter = source[: source.numel() // 4]
+    target = torch.empty_like(quarter)
+    calls: list[Call] = [
+        functools.partial(torch.sum, source),
+        functools.partial(torch.amax, source),
+        functools.partial(target.copy_, quarter),
+    ]
+    reduce, extreme, copy = timer.interleaved([timer.prepare([call]) for call in calls])
+    return {
+        "read_bandwidth": source.nbytes / min(reduce.us, extreme.us) * 1e6,
+        "copy_bandwidth": 2 * target.nbytes / copy.us * 1e6,
+    }
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -226,8 +232,6 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         **{name.replace("-", "_"): _version(name) for name in ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc")},
         "spinfer": spinfer.__version__,
         "commit": commit or _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-        "read_bandwidth": read_bandwidth(),
-        "copy_bandwidth": copy_bandwidth(),
     }
 
 

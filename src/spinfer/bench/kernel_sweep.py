@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from spinfer.bench.kernel import ShapeBench, environment, require_cuda
+from spinfer.bench.kernel import ShapeBench, bandwidths, environment, require_cuda
 from spinfer.bench.kernel_compile import compile_all, kernel_sources
 from spinfer.bench.kernel_masks import MASKS, RealMask
 from spinfer.bench.kernel_overheads import first_call, launches, repacking
@@ -185,6 +185,8 @@ def sweep(results: Results, groups: Sequence[Group], *, real: RealMask | None, b
     """Compile, measure the overheads, then all groups."""
     content, overheads = results.content, results.content["overheads"]
     content["planned"] = sum(group.cases for group in groups)
+    with results.recording("bandwidths"):
+        content["environment"] |= bandwidths()
     with results.recording("compile"):
         overheads["compile"] = _compile(groups)
     print(f"{results.seconds:.0f} s: {overheads}", file=sys.stderr, flush=True)
@@ -241,8 +243,8 @@ def main() -> None:
     results = Results(options.out)
     real = None if options.real_mask is None else RealMask(options.real_mask, "cuda")
     groups = plan(real_sparsities=real.sparsities if real else (), quick=options.quick)
+    results.content["environment"] = environment(options.commit) | {"real_mask": real.origin if real else None}
     try:
-        results.content["environment"] = environment(options.commit) | {"real_mask": real.origin if real else None}
         sweep(results, groups, real=real, budget_s=options.time_budget)
     finally:
         results.save(now=True)

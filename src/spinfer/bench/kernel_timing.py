@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def cold_copies(nbytes: int) -> int:
 
 def launches_of(copies: int, us: float) -> int:
     """Calls in one graph: whole turns through the copies, and about `_GRAPH_US` long if a call takes `us`."""
-    wanted = min(_MOST_LAUNCHES, max(1, -(-int(_GRAPH_US) // max(1, int(us)))))
+    wanted = min(_MOST_LAUNCHES, max(1, math.ceil(_GRAPH_US / us)))
     return -(-wanted // copies) * copies
 
 

@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from spinfer.bench.kernel import bench_kernel, environment
+from spinfer.bench.kernel import bandwidths, bench_kernel, environment
 from spinfer.bench.kernel_masks import MASKS
 from spinfer.bench.model import time_models
 from spinfer.cli.options import Device, Dtype, Json, Model, Threads, resolve_device, set_threads
@@ -112,7 +112,7 @@ def bench_one_kernel(
             progress=progress,
         )
     if json:
-        print_json({"environment": environment(), "results": rows})
+        print_json({"environment": environment() | bandwidths(), "results": rows})
         return
     print_table(
         ["sparsity", "tokens", "us", "cuBLAS us", "FP8 us", "speed-up", "byte limit", "error"],
