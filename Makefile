@@ -4,11 +4,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test test-native quality bench-cpu bench-gpu readme clean
+.PHONY: demo test test-native test-cuda-compile quality bench-cpu bench-gpu readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --editable '.[demo,test,quality,bench]'
+	touch $@
+
+$(VENV)/.cuda: $(VENV)/.installed
+	$(PY) -m pip install --quiet --editable '.[cuda]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -23,6 +27,9 @@ test-native: $(VENV)/.installed  # the C++ under AddressSanitizer and UBSan, and
 	build/sanitize/test_cpu
 	build/sanitize/fuzz_cpu
 
+test-cuda-compile: $(VENV)/.cuda  # the CUDA kernels for all architectures, no GPU needed: they compile, and nothing spills
+	$(PY) -m pytest -m nvrtc tests/test_cuda_compile.py
+
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
@@ -33,9 +40,9 @@ bench-cpu: $(VENV)/.installed
 	$(PY) -m spinfer.bench.linear_cpu build/bench-cpu
 	$(PY) -m spinfer.bench.linear_cpu_report build/bench-cpu
 
-bench-gpu: $(VENV)/.installed
-	$(PY) -m pip install --quiet --editable '.[cuda]'
-	$(PY) -m spinfer.bench.kernel --out build/bench-gpu.json
+bench-gpu: $(VENV)/.cuda
+	$(PY) -m spinfer.bench.kernel_sweep --out build/bench-gpu/kernel.json
+	$(PY) -m spinfer.bench.kernel_report build/bench-gpu/kernel.json
 
 readme: $(VENV)/.installed
 	$(PY) benchmarks/readme.py

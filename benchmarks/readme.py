@@ -1,6 +1,7 @@
 """Fill the README's marked blocks from the committed results, so that no figure there is typed by hand.
 
-A block stands between `<!-- NAME -->` and `<!-- /NAME -->`. `--check` fails when a block is not what the results say.
+A block stands between `<!-- NAME -->` and `<!-- /NAME -->`. Tables and plots of the GPU results are written beside
+them. `--check` fails when any of it is not what the results say.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ sys.path.insert(0, str(ROOT / "demo"))
 
 from table import table  # noqa: E402  (the demo's own)
 
+from spinfer.bench.kernel_report import PLOTS, Sweep, report, speedups_over_tokens, write  # noqa: E402
+
 CPU = RESULTS / "cpu" / "xeon-emerald-rapids-2-cores"
+GPU_RESULTS = [file for name in ("h100", "h200") if (file := RESULTS / name / "kernel.json").exists()]
+TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 
 
 def linked(text: str, file: Path) -> str:
@@ -32,22 +37,16 @@ def demo() -> str:
     return linked(f"{table(result)}\n\n{result['processor']}, torch {result['versions']['torch']}.", file)
 
 
-def h100() -> str:
-    """Speed-up of the CUDA kernels over cuBLAS at 60 % sparsity."""
-    file = RESULTS / "h100" / "kernel.json"
-    recorded = json.loads(file.read_text())
-    rows = [row for row in recorded["results"] if row["sparsity"] == 0.6]
-    tokens = sorted({row["n"] for row in rows})
-    lines = [
-        f"| out x in, 60 % sparsity | byte limit | {' | '.join(f'N = {n}' for n in tokens)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in tokens)} |",
-    ]
-    for shape in dict.fromkeys((row["m"], row["k"]) for row in rows):
-        speedups = {row["n"]: row["speedup"] for row in rows if (row["m"], row["k"]) == shape}
-        limit = next(row["byte_limit"] for row in rows if (row["m"], row["k"]) == shape)
-        cells = " | ".join(f"{speedups[n]:.2f}x" for n in tokens)
-        lines.append(f"| {shape[0]} x {shape[1]} | {limit:.2f}x | {cells} |")
-    return linked("\n".join(lines), file)
+def gpu() -> str:
+    """Speed-up of the CUDA kernels over cuBLAS at 60 % sparsity, for each GPU that has results; and the plots."""
+    return "\n\n".join(_of_gpu(Sweep(file)) for file in GPU_RESULTS)
+
+
+def _of_gpu(sweep: Sweep) -> str:
+    table = speedups_over_tokens(sweep.of("grid", sparsity=0.6), TOKENS, f"{sweep.device}, 60 % sparsity")
+    folder = sweep.path.parent.relative_to(ROOT).as_posix()
+    plots = "\n".join(f"![{PLOTS[name]}, {sweep.device}]({folder}/{name})" for name in sweep.plots())
+    return linked(f"{table}\n\n{plots}", sweep.path)
 
 
 def cpu() -> str:
@@ -92,7 +91,7 @@ def decode() -> str:
     return linked("\n".join(lines), file)
 
 
-BLOCKS = {"demo": demo, "cpu": cpu, "decode": decode, "h100": h100}
+BLOCKS = {"demo": demo, "cpu": cpu, "decode": decode, "gpu": gpu}
 
 
 def filled(readme: str) -> str:
@@ -106,16 +105,32 @@ def filled(readme: str) -> str:
     return readme
 
 
+def stale() -> list[Path]:
+    """Tables and plots beside the GPU results that are not of these results."""
+    found = []
+    for sweep in map(Sweep, GPU_RESULTS):
+        tables = sweep.path.with_suffix(".md")
+        if not tables.exists() or tables.read_text(encoding="utf-8") != report(sweep):
+            found.append(tables)
+        for plot in map(sweep.path.with_name, sweep.plots()):
+            if not plot.exists() or sweep.digest not in plot.read_text(encoding="utf-8"):
+                found.append(plot)
+    return found
+
+
 def main() -> None:
     """Write, or check."""
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     after = filled(before)
     if "--check" in sys.argv[1:]:
-        if before != after:
-            raise SystemExit("README.md is not what benchmarks/results say; run `make readme`")
+        wrong = [path.relative_to(ROOT) for path in [path] * (before != after) + stale()]
+        if wrong:
+            raise SystemExit(f"not what benchmarks/results say: {', '.join(map(str, wrong))}; run `make readme`")
     else:
         path.write_text(after, encoding="utf-8")
+        for sweep in map(Sweep, GPU_RESULTS):
+            write(sweep)
 
 
 if __name__ == "__main__":

@@ -268,6 +268,16 @@ def test_report_agrees_with_the_files(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["name"] == checkpoint.layers[0].name
 
 
+def test_layers_are_listed_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"layers.{i}.{part}" for i in (0, 2, 10, 11, 100) for part in ("a", "b")]
+    write_dense(tmp_path / "dense", {f"{name}.weight": torch.eye(64) for name in reversed(names)})
+    dense = dict.fromkeys(names[1::2], "not pruned")
+    compress_checkpoint(tmp_path / "dense", tmp_path / "out", linears=dict.fromkeys(names[::2], (64, 64)), dense=dense)
+    report = inspect_checkpoint(tmp_path / "out")
+    assert [layer.name for layer in report.layers] == names[::2]
+    assert [layer.name for layer in report.dense] == names[1::2]
+
+
 def test_an_empty_tensor_before_a_layer_that_fills_a_shard(tmp_path: Path) -> None:
     """The two share a shard, whose header must have room for both."""
     weight = tensors(dtype=torch.float32)[f"{Q0}.weight"]

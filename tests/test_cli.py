@@ -151,6 +151,36 @@ def test_bench_compares_in_one_process(pruned_dir: Path, compressed_dir: Path) -
     assert result["results"][0]["memory_nbytes"] < result["results"][1]["memory_nbytes"]
     assert result["batch"] == 2
     assert "decode tokens/s" in succeed(*arguments)
+    options_first = ("bench", *arguments[2:], compressed_dir)
+    assert "decode tokens/s" in succeed(*options_first)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_kernel_needs_a_gpu() -> None:
+    assert "CUDA device" in error_of("bench", "kernel", "-m", "64", "-k", "64")
+
+
+def test_bench_kernel_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fake(m: int, k: int, tokens: list[int], sparsities: list[float], **options: Any) -> list[dict[str, Any]]:
+        asked.append((m, k, tokens, sparsities, options["dtype"], options["mask"]))
+        row = {"n": 4, "sparsity": 0.7, "us": 10.0, "dense_us": 25.0, "fp8_us": None, "speedup": 2.5}
+        return [row | {"byte_limit": 2.76, "error": 2e-4}]
+
+    monkeypatch.setattr("spinfer.cli.bench.bench_kernel", fake)
+    monkeypatch.setattr("spinfer.cli.bench.environment", lambda: {"device": "made up"})
+    monkeypatch.setattr("spinfer.cli.bench.bandwidths", lambda: {"read_bandwidth": 3e12})
+    arguments = ("bench", "kernel", "-m", "64", "-k", "128", "-n", "4", "-n", "8", "--sparsity", "0.7")
+    cells = [cell.strip() for cell in succeed(*arguments).splitlines()[-1].split("|")]
+    assert cells[1:-1] == ["70%", "4", "10.0", "25.0", "", "2.50", "2.76", "2.0e-04"]
+    result = as_json(*arguments, "--dtype", "bfloat16", "--mask", "2:4", "--json")
+    assert result["environment"] == {"device": "made up", "read_bandwidth": 3e12}
+    assert result["results"][0]["us"] == 10.0
+    assert asked == [
+        (64, 128, [4, 8], [0.7], torch.float16, "random"),
+        (64, 128, [4, 8], [0.7], torch.bfloat16, "2:4"),
+    ]
 
 
 def test_every_verb_has_help() -> None:

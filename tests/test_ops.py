@@ -110,9 +110,10 @@ class TestAgainstTheOracle:
         assert y.isfinite().sum() == 2 * 68
 
     def test_a_packed_weight_gives_the_same(self) -> None:
+        """Up to rounding: another kernel adds in another order, and in one of nine runs a sum rounds the other way."""
         weight = spinfer.encode(sparse(70, 90))
         x = torch.randn(3, 90).half()
-        assert torch.equal(spinfer.linear(x, spinfer.pack(weight)), spinfer.linear(x, weight))
+        assert relative_error(spinfer.linear(x, spinfer.pack(weight)), x, weight) <= EPS[x.dtype]
 
 
 class TestErrors:

@@ -1,17 +1,16 @@
-"""Time the CUDA kernels against cuBLAS: cold L2, CUDA-graph replays, medians, both in one process and interleaved.
+"""Time the CUDA kernels against cuBLAS on one matrix shape: `spinfer bench kernel`, and what the sweep is made of.
 
-`python -m spinfer.bench.kernel -m 8192 -k 8192 -n 1 16 --sparsity 0.5 0.6`
+Calls go through `spinfer.linear`, as a user's do, and are captured in CUDA graphs whose calls rotate over copies of
+the weight, so that each finds a cold L2. cuBLAS (torch.mm on the pruned weight, stored densely) takes turns with ours
+in one process; medians of the replays.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
-import json
-import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,201 +18,277 @@ import torch
 from torch import Tensor
 
 import spinfer
+from spinfer.bench.kernel_masks import RealMask, prune_
+from spinfer.bench.kernel_timing import Call, GraphTimer, Timer, cold_copies
 from spinfer.errors import SpinferError
 from spinfer.format import encode
-from spinfer.kernels import PackedWeight, backend_of, pack
+from spinfer.kernels import PackedWeight, pack
+from spinfer.ops import linear
 
-SHAPES = [(28672, 8192), (8192, 28672), (8192, 8192), (28672, 4096), (4096, 14336), (4096, 4096)]
-"""(M, K): projections of Llama-3-70B and 8B."""
+_FP8_MULTIPLE = 16
+"""What torch._scaled_mm asks of both sides of the weight; the tokens are padded to it."""
 
-MASKS = ("random", "rowwise", "clustered", "2:4")
-
-_COLD_NBYTES = 240 << 20
-"""Copies of a weight that calls rotate over: several times the L2 of any current GPU."""
-
-_LAUNCHES = 40
-"""Launches in a graph, at least."""
-
-_REPLAYS = 9
+_CHECKED_ROWS, _CHECKED_TOKENS = 256, 64
+"""Sample of the result that is compared with float64: the whole of a large one takes longer than its timing."""
 
 
-def prune(weight: Tensor, sparsity: float, mask: str) -> Tensor:
-    """Zero a share of a weight (M, K), in place.
-
-    Args:
-        weight: dense, without zeros.
-        sparsity: share of zeros, in [0, 1]; "2:4" is always one half.
-        mask: "random"; "rowwise", every row equally dense, as Wanda leaves it; "clustered", where blocks of 64 x 64 are
-            dense, empty, or in between; or "2:4".
-    """
-    rows, columns = weight.shape
-    for start in range(0, rows, 4096):
-        part = weight[start : start + 4096]
-        score = torch.rand(part.shape, device=part.device)
-        if mask == "random":
-            part[score < sparsity] = 0
-        elif mask == "rowwise":
-            part.scatter_(1, score.topk(round(columns * sparsity), dim=1).indices, 0)
-        elif mask == "2:4":
-            groups = score.view(-1, 4)
-            part.view(-1, 4).scatter_(1, groups.topk(2, dim=1).indices, 0)
-        elif mask == "clustered":
-            blocks = torch.rand(-(-part.shape[0] // 64), -(-columns // 64), device=part.device)
-            # Shares of zeros with the right mean: a tenth of the blocks dense, a tenth empty, the rest spread about.
-            inner = (sparsity - 0.1) / 0.8
-            share = (inner + (blocks - 0.5) * 0.6).clamp(0, 1)
-            share[blocks < 0.1], share[blocks > 0.9] = 0, 1
-            expanded = share.repeat_interleave(64, 0).repeat_interleave(64, 1)
-            part[score < expanded[: part.shape[0], :columns]] = 0
-        else:
-            raise SpinferError(f"no mask {mask!r}; choose from {', '.join(MASKS)}")
-    return weight
-
-
-def _copies(tensor: Tensor) -> list[Tensor]:
-    return [tensor, *(tensor.clone() for _ in range(max(1, -(-_COLD_NBYTES // tensor.nbytes) - 1)))]
-
-
-def _graph(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph, launches = torch.cuda.CUDAGraph(), max(_LAUNCHES, len(calls))
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            calls[i % len(calls)]()
-    graph.replay()
-    return graph, launches
-
-
-def _interleaved_us(graphs: list[tuple[torch.cuda.CUDAGraph, int]]) -> list[float]:
-    """Median microseconds a launch of each graph, replayed in turn."""
-    times: list[list[float]] = [[] for _ in graphs]
-    for _ in range(_REPLAYS):
-        for i, (graph, launches) in enumerate(graphs):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[i].append(start.elapsed_time(end) * 1e3 / launches)
-    return [statistics.median(t) for t in times]
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read and written: the ceiling of the byte limit."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    (us,) = _interleaved_us([_graph([lambda: target.copy_(source)])])
-    return 2 * source.numel() / us * 1e6
-
-
-def bench_kernel(
-    m: int, k: int, tokens: list[int], sparsity: float, *, dtype: torch.dtype = torch.float16, mask: str = "random"
-) -> Iterator[dict[str, Any]]:
-    """Time x W^T for a random sparse weight, as `spinfer.linear` runs it, beside torch.mm on the dense weight.
+class ShapeBench:
+    """One weight shape: dense baselines, against which sparse weights are timed.
 
     Args:
         m: out_features.
         k: in_features.
-        tokens: rows of x, one result each.
-        sparsity: share of zeros.
         dtype: of weight and x.
-        mask: see `prune`.
-
-    Yields:
-        The case; `us` and `dense_us` (median microseconds of a launch); `speedup`; `nbytes` of the packed weight and
-        `ideal_nbytes` = 2 nnz + M K / 8; `byte_limit`, the speed-up if both ran at the speed of memory; `error`, the
-        relative error of the result against float64.
+        device: where.
+        timer: how; by default CUDA graphs.
+        fp8: whether to time cuBLAS FP8 too (torch._scaled_mm, e4m3, fast accumulation, one scale a tensor, fp16 or bf16
+            out), where both sides are multiples of 16; once for each number of tokens, x padded to a multiple of 16.
     """
-    if not torch.cuda.is_available():
-        raise SpinferError("the kernel benchmark needs a CUDA device")
-    weight = torch.empty(m, k, dtype=dtype, device="cuda").normal_()
-    prune(weight, sparsity, mask)
-    packed = pack(encode(weight))
-    backend, chunks = backend_of(packed.layout), _copies(packed.parts[0])
-    sparse = [
-        PackedWeight(packed.layout, (c, *packed.parts[1:]), packed.shape, packed.nnz, packed.dtype) for c in chunks
-    ]
-    dense = _copies(weight)
-    ideal = packed.nnz * dtype.itemsize + m * k / 8
-    for n in tokens:
-        x = torch.randn(n, k, dtype=dtype, device="cuda")
-        out = torch.empty(n, m, dtype=dtype, device="cuda")
-        rows = min(m, 1024)
-        expected = x.double() @ weight[:rows].double().t()
-        error = (backend.linear(x, packed, None)[:, :rows].double() - expected).norm() / expected.norm()
-        graphs = [
-            _graph([functools.partial(backend.linear, x, w, None) for w in sparse]),
-            _graph([functools.partial(torch.mm, x, w.t(), out=out) for w in dense]),
-        ]
-        us, dense_us = _interleaved_us(graphs)
-        yield {
-            "m": m,
-            "k": k,
-            "n": n,
+
+    def __init__(
+        self,
+        m: int,
+        k: int,
+        *,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cuda",
+        timer: Timer | None = None,
+        fp8: bool = False,
+    ) -> None:
+        self.m, self.k, self.dtype = m, k, dtype
+        self._device = torch.device(device)
+        self._timer = GraphTimer() if timer is None else timer
+        self._wants_fp8 = fp8 and m % _FP8_MULTIPLE == 0 and k % _FP8_MULTIPLE == 0
+        weight = torch.empty(m, k, dtype=dtype, device=self._device)
+        self._dense = [weight, *(torch.empty_like(weight) for _ in range(cold_copies(weight.nbytes) - 1))]
+        self._x: dict[int, Tensor] = {}
+        self._baselines: dict[int, Any] = {}
+        self._fp8_weights: list[Tensor] = []
+        self._fp8: dict[int, float | str] = {}
+        self._case: dict[str, Any] = {}
+        self._sparse: list[PackedWeight] = []
+        self._twin: list[PackedWeight] = []
+
+    def load(self, sparsity: float, mask: str = "random", *, real: RealMask | None = None, twin: bool = False) -> None:
+        """Make a new random weight, pruned, and its copies, dense and sparse.
+
+        Args:
+            sparsity: share of zeros; of some masks only about (rows tell the density).
+            mask: see `kernel_masks.prune_`.
+            real: for the mask "wanda".
+            twin: also make a weight as dense whose zeros are at random, to be timed in turn.
+        """
+        self._case, self._sparse, self._twin = {}, [], []
+        weight = self._dense[0]
+        self._sparse = self._packed(prune_(weight.normal_(), sparsity, mask, real))
+        packed = self._sparse[0]
+        density = packed.nnz / (self.m * self.k)
+        if twin:
+            self._twin = self._packed(prune_(torch.empty_like(weight).normal_(), 1 - density, "random"))
+        for copy in self._dense[1:]:
+            copy.copy_(weight)
+        ideal = packed.nnz * self.dtype.itemsize + self.m * self.k / 8
+        self._case = {
             "sparsity": sparsity,
             "mask": mask,
-            "dtype": str(dtype).removeprefix("torch."),
-            "us": us,
-            "dense_us": dense_us,
-            "speedup": dense_us / us,
+            "density": density,
             "nbytes": packed.nbytes,
             "ideal_nbytes": ideal,
-            "byte_limit": m * k * dtype.itemsize / ideal,
-            "error": float(error),
+            "byte_limit": self.m * self.k * self.dtype.itemsize / ideal,
         }
 
+    def _packed(self, weight: Tensor) -> list[PackedWeight]:
+        packed = pack(encode(weight))
+        copies = [packed]
+        for _ in range(cold_copies(packed.nbytes) - 1):
+            parts = tuple(part.clone() for part in packed.parts)
+            copies.append(PackedWeight(packed.layout, parts, packed.shape, packed.nnz, packed.dtype))
+        return copies
 
-def environment() -> dict[str, Any]:
-    """What a result depends on: device, driver, versions, commit."""
-    properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    def measure(self, n: int) -> dict[str, Any]:
+        """Time the loaded weight with n tokens.
+
+        Returns:
+            m, k, n, dtype, sparsity, mask, density; `us`, `dense_us` (microseconds of a call), with `spread` and
+            `dense_spread`; `speedup` = dense_us / us; `fp8_us` (None where it was not timed, with the reason in
+            `fp8_error` if it failed); with a twin `random_us`; `nbytes` of the packed weight and `ideal_nbytes` =
+            2 nnz + M K / 8; `byte_limit`, the speed-up if both ran at the speed of memory; `error`, the relative error
+            of the result against float64 on a sample of rows and tokens (Frobenius norms).
+        """
+        x = self._tokens(n)
+        error = self._error(x)
+        kinds = [self._prepare(self._sparse, x), self._baseline(n, x)]
+        if self._twin:
+            kinds.append(self._prepare(self._twin, x))
+        ours, dense, *twins = self._timer.interleaved(kinds)
+        row = {
+            "m": self.m,
+            "k": self.k,
+            "n": n,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **self._case,
+            "us": ours.us,
+            "spread": ours.spread,
+            "dense_us": dense.us,
+            "dense_spread": dense.spread,
+            "speedup": dense.us / ours.us,
+            "error": error,
+        }
+        if twins:
+            row["random_us"] = twins[0].us
+        if self._wants_fp8:
+            found = self._fp8_us(n, x)
+            row["fp8_us"] = None if isinstance(found, str) else found
+            if isinstance(found, str):
+                row["fp8_error"] = found
+        return row
+
+    def _tokens(self, n: int) -> Tensor:
+        if n not in self._x:
+            self._x[n] = torch.randn(n, self.k, dtype=self.dtype, device=self._device)
+        return self._x[n]
+
+    def _prepare(self, weights: Sequence[PackedWeight], x: Tensor) -> Any:
+        return self._timer.prepare([functools.partial(linear, x, weight) for weight in weights])
+
+    def _baseline(self, n: int, x: Tensor) -> Any:
+        if n not in self._baselines:
+            out = torch.empty(n, self.m, dtype=self.dtype, device=self._device)
+            calls: list[Call] = [functools.partial(torch.mm, x, weight.t(), out=out) for weight in self._dense]
+            self._baselines[n] = self._timer.prepare(calls)
+        return self._baselines[n]
+
+    def _fp8_us(self, n: int, x: Tensor) -> float | str:
+        """Microseconds, or why there are none."""
+        if n not in self._fp8:
+            try:
+                (timing,) = self._timer.interleaved([self._timer.prepare(self._fp8_calls(x))])
+                self._fp8[n] = timing.us
+            except (RuntimeError, TypeError) as error:
+                self._fp8[n] = str(error).splitlines()[0][:300]
+        return self._fp8[n]
+
+    def _fp8_calls(self, x: Tensor) -> list[Call]:
+        if not self._fp8_weights:
+            first = self._dense[0].to(torch.float8_e4m3fn)
+            self._fp8_weights = [first, *(first.clone() for _ in range(cold_copies(first.nbytes) - 1))]
+        padding = -x.shape[0] % _FP8_MULTIPLE
+        padded = torch.nn.functional.pad(x, (0, 0, 0, padding)).to(torch.float8_e4m3fn)
+        scale = torch.ones((), device=x.device)
+        return [
+            functools.partial(
+                torch._scaled_mm,
+                padded,
+                weight.t(),
+                scale,
+                scale,
+                out_dtype=self.dtype,
+                use_fast_accum=True,
+            )
+            for weight in self._fp8_weights
+        ]
+
+    def _error(self, x: Tensor) -> float:
+        """Relative error against float64, on rows and tokens spread over the result."""
+        y = linear(x, self._sparse[0])
+        rows = torch.arange(0, self.m, -(-self.m // _CHECKED_ROWS), device=x.device)
+        tokens = torch.arange(0, x.shape[0], -(-x.shape[0] // _CHECKED_TOKENS), device=x.device)
+        expected = x[tokens].double() @ self._dense[0][rows].double().t()
+        return float((y[tokens][:, rows].double() - expected).norm() / expected.norm())
+
+
+def bandwidths() -> dict[str, float]:
+    """Bytes a second of device memory.
+
+    Returns:
+        `read_bandwidth`, a pure read of 4 GiB, the better of two reductions: the ceiling of the byte limit; and
+        `copy_bandwidth`, a copy of 1 GiB, read and written.
+    """
+    timer = GraphTimer()
+    source = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
+    quarter = source[: source.numel() // 4]
+    target = torch.empty_like(quarter)
+    calls: list[Call] = [
+        functools.partial(torch.sum, source),
+        functools.partial(torch.amax, source),
+        functools.partial(target.copy_, quarter),
+    ]
+    reduce, extreme, copy = timer.interleaved([timer.prepare([call]) for call in calls])
     return {
-        "device": properties.name,
-        "sm_count": properties.multi_processor_count,
-        "driver": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cuda_core": importlib.metadata.version("cuda-core"),
-        "spinfer": spinfer.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "copy_bandwidth": copy_bandwidth(),
+        "read_bandwidth": source.nbytes / min(reduce.us, extreme.us) * 1e6,
+        "copy_bandwidth": 2 * target.nbytes / copy.us * 1e6,
     }
 
 
-def main() -> None:
-    """Command line: print a table, and write JSON with --out."""
-    parser = argparse.ArgumentParser(prog="python -m spinfer.bench.kernel", description=__doc__)
-    parser.add_argument("-m", type=int, help="out_features; with -k, instead of the six standard shapes")
-    parser.add_argument("-k", type=int, help="in_features")
-    parser.add_argument("-n", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128], help="tokens")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7])
-    parser.add_argument("--mask", choices=MASKS, nargs="+", default=["random"])
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    if (options.m is None) != (options.k is None):
-        parser.error("give both -m and -k, or neither")
-    results = []
-    print(f"{'M x K':>13} {'sparsity':>8} {'mask':>9} {'N':>5} {'us':>8} {'cuBLAS':>8} {'speed-up':>8} {'limit':>5}")
-    for m, k in SHAPES if options.m is None else [(options.m, options.k)]:
-        for sparsity in options.sparsity:
-            for mask in options.mask:
-                for r in bench_kernel(m, k, options.n, sparsity, dtype=getattr(torch, options.dtype), mask=mask):
-                    results.append(r)
-                    print(
-                        f"{f'{m} x {k}':>13} {sparsity:>8} {mask:>9} {r['n']:>5} {r['us']:>8.1f} {r['dense_us']:>8.1f} "
-                        f"{r['speedup']:>8.2f} {r['byte_limit']:>5.2f}",
-                        flush=True,
-                    )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """What a result depends on: device, driver, versions, commit (by default that of the checkout this runs from)."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "sm_count": properties.multi_processor_count,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name.replace("-", "_"): _version(name) for name in ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc")},
+        "spinfer": spinfer.__version__,
+        "commit": commit or _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def require_cuda() -> None:
+    """Raises SpinferError where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise SpinferError("the kernel benchmark needs a CUDA device, and torch sees none")
+
+
+def bench_kernel(
+    m: int,
+    k: int,
+    tokens: Sequence[int],
+    sparsities: Sequence[float],
+    *,
+    dtype: torch.dtype = torch.float16,
+    mask: str = "random",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Time x W^T for a random sparse weight (M, K) beside cuBLAS on the dense weight.
+
+    Args:
+        m: out_features.
+        k: in_features.
+        tokens: rows of x.
+        sparsities: shares of zeros.
+        dtype: of weight and x.
+        mask: see `kernel_masks.prune_`.
+        progress: called with (cases done, cases).
+
+    Returns:
+        One `ShapeBench.measure` for each sparsity and number of tokens.
+
+    Raises:
+        SpinferError: no CUDA device.
+    """
+    require_cuda()
+    bench = ShapeBench(m, k, dtype=dtype, fp8=True)
+    rows = []
+    for sparsity in sparsities:
+        bench.load(sparsity, mask)
+        for n in tokens:
+            rows.append(bench.measure(n))
+            progress(len(rows), len(sparsities) * len(tokens))
+    return rows

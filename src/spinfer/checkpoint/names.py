@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from spinfer.checkpoint.header import TORCH_DTYPES
@@ -29,3 +31,9 @@ def storage_module(name: str) -> str | None:
 def safetensors_dtype(dtype: torch.dtype) -> str:
     """An element type as safetensors writes it."""
     return _DTYPES[dtype]
+
+
+def natural_order(name: str) -> list[str]:
+    """Sort key that puts layers.2 before layers.10."""
+    # Digits as text, the longer number last: int() refuses more than 4300 of them.
+    return [f"{len(part):08}{part}" if i % 2 else part for i, part in enumerate(re.split(r"0*(\d+)", name))]

@@ -14,7 +14,7 @@ from spinfer.errors import SpinferError
 @functools.cache
 def application() -> typer.Typer:
     """The command with all its verbs; they import transformers, which takes seconds, so only when it runs."""
-    from spinfer.cli.bench import bench
+    from spinfer.cli.bench import bench_commands
     from spinfer.cli.compress import compress
     from spinfer.cli.decompress import decompress
     from spinfer.cli.evaluate import evaluate
@@ -33,7 +33,7 @@ def application() -> typer.Typer:
     app.command()(inspect)
     app.command()(generate)
     app.command("eval")(evaluate)
-    app.command()(bench)
+    app.add_typer(bench_commands(), name="bench", help="Time MODEL, or one kernel: bench MODEL, bench kernel.")
     return app
 
 

@@ -1,0 +1,46 @@
+"""Which kernels a set of problems needs, and compiling them all at once before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from spinfer.kernels.cuda.compile import KernelSource, cubin
+from spinfer.kernels.cuda.layout import ChunkGrid
+from spinfer.kernels.cuda.matmul import source
+from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, choose, code_arch
+
+
+def plan_of(m: int, k: int, density: float, tokens: int, traits: DeviceTraits) -> Fused | Decoded:
+    """What the selection chooses for a weight (m, k) of this density and x of the same dtype."""
+    return choose(ChunkGrid.of(m, k), round(density * m * k), tokens, True, traits)
+
+
+def kernel_sources(
+    shapes: Iterable[tuple[int, int]],
+    densities: Iterable[float],
+    tokens: Iterable[int],
+    dtypes: Sequence[torch.dtype],
+    traits: DeviceTraits,
+) -> list[KernelSource]:
+    """Everything that these problems compile on a device, repacking included, each once."""
+    shapes, densities, tokens = list(shapes), list(densities), list(tokens)
+    found: dict[KernelSource, None] = {}
+    for m, k in shapes:
+        grid = ChunkGrid.of(m, k)
+        blocks = (("SPINFER_BLOCKS_M", grid.blocks_m),)
+        found[KernelSource("repack.cu", code_arch(traits.capability), blocks)] = None
+        for density in densities:
+            for n in tokens:
+                plan = plan_of(m, k, density, n, traits)
+                for config in plan.passes if isinstance(plan, Fused) else ():
+                    found.update((source(grid, config, dtype), None) for dtype in dtypes)
+    return list(found)
+
+
+def compile_all(sources: Sequence[KernelSource], workers: int) -> None:
+    """Bring kernels into the disk cache, several compilers at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(cubin, sources))
