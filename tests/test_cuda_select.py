@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinfer.kernels.cuda import matmul, repack
+from spinfer.kernels.cuda import dense, matmul, repack
 from spinfer.kernels.cuda.layout import MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import (
     Decoded,
@@ -16,9 +16,10 @@ from spinfer.kernels.cuda.select import (
     Fused,
     HopperConfig,
     PortableConfig,
+    WideConfig,
     choose,
     code_arch,
-    token_tile,
+    hopper_config,
 )
 
 H100 = DeviceTraits((9, 0), 132, 232448)
@@ -47,25 +48,44 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
     assert sum(min(plan.step, tokens - start) for start in range(0, tokens, plan.step)) == tokens
     assert len(plan.passes) == -(-tokens // plan.step)
     for i, config in enumerate(plan.passes):
-        assert config.tokens >= min(plan.step, tokens - i * plan.step)
-        assert 1 <= config.ctas <= grid.chunks
         assert config.shared_nbytes <= device.shared_nbytes
-        if isinstance(config, HopperConfig):
+        passes = config.passes if isinstance(config, WideConfig) else 1
+        assert config.tokens * passes >= min(plan.step, tokens - i * plan.step)
+        assert 1 <= config.ctas <= passes * grid.chunks
+        if isinstance(config, HopperConfig | WideConfig):
             assert device.capability == (9, 0)
             assert config.ring_nbytes >= MAX_CHUNK_NBYTES, "a dense chunk must fit, however sparse the rest"
+            assert config.ring_at + config.ring_nbytes == config.shared_nbytes
             assert 2 <= config.slots <= 8
             assert 1 <= config.in_flight <= config.slots
-            assert config.warps_k * grid.blocks_m in (8, 16)
-            assert (grid.blocks_k // config.warps_k) * 4 // config.steps % 2 == 0
+        if isinstance(config, HopperConfig):
+            assert config.ctas % config.split == 0
+            assert config.split <= grid.chunks_k, "each CTA of a cluster has chunks"
+            if config.split > 1:
+                assert config.ctas // config.split <= grid.row_blocks, "each cluster has a row block"
+        elif isinstance(config, WideConfig):
+            assert grid.blocks_k <= 2 * config.boxes
+            assert config.boxes <= 16
         else:
             assert isinstance(config, PortableConfig)
             assert device.capability != (9, 0)
 
 
-@given(st.integers(1, 128))
-def test_token_tile_holds_the_tokens(tokens: int) -> None:
-    assert token_tile(tokens) >= tokens
-    assert token_tile(tokens) <= max(8, 2 * tokens)
+@pytest.mark.parametrize(
+    ("shape", "split"),
+    [
+        ((4096, 4096), 2),
+        ((8192, 8192), 2),
+        ((4096, 14336), 2),
+        ((6144, 4096), 2),
+        ((28672, 8192), 1),
+        ((1024, 4096), 1),
+        ((4096, 512), 1),
+    ],
+)
+def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], split: int) -> None:
+    grid = ChunkGrid.of(*shape)
+    assert hopper_config(grid, int(0.4 * shape[0] * shape[1]), 1, H100).split == split
 
 
 def test_other_dtypes_and_many_tokens_are_decoded() -> None:
@@ -89,6 +109,7 @@ def test_code_arch(capability: tuple[int, int], arch: str) -> None:
 
 
 def test_argument_structs_have_the_size_of_the_kernels() -> None:
-    # sizeof in csrc: seven pointers and eleven ints, and seven pointers, a 64-bit stride and eight ints
-    assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("7Q11i") == 100
-    assert repack._REPACK_ARGS.size == 96
+    # sizeof in csrc without padding at the end
+    assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("7Q14i")
+    assert repack._REPACK_ARGS.size == struct.calcsize("6Q4i")
+    assert dense._ARGS.size == struct.calcsize("4Q6i")

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from spinfer import encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
-from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.matmul import FusedPass
 from spinfer.kernels.cuda.dense import decode_row_blocks
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.matmul import Config, FusedPass
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import DeviceTraits, HopperConfig, PortableConfig, hopper_config, portable_config
+from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, wide_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +47,7 @@ def check(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
-def fused(x: Tensor, weight: PackedWeight, config: HopperConfig | PortableConfig, bias: Tensor | None = None) -> Tensor:
+def fused(x: Tensor, weight: PackedWeight, config: Config, bias: Tensor | None = None) -> Tensor:
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     grid = ChunkGrid.of(*weight.shape)
     FusedPass(grid, config, x.dtype, x.device)(x, *weight.parts, bias, y)
@@ -220,18 +220,59 @@ def test_streams_and_threads() -> None:
     assert wrong == [0, 0, 0, 0]
 
 
-def test_completes_beside_a_kernel_that_holds_most_sms() -> None:
-    """No CTA waits for another, so it does not matter how few run at once."""
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the Hopper kernels"
+)
+
+
+@hopper
+@pytest.mark.parametrize("sm_count", [2, 6, 22, 400])
+@pytest.mark.parametrize("tokens", [1, 13, 32, 33, 64, 128, 300])
+def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
+    """CTAs with many strips each, and three times as many as can run at once: none waits for one that does not run."""
+    w = random_weight(9000, 2000, 0.4)
+    weight = packed(w)
+    x = torch.randn(tokens, 2000, device="cuda", dtype=torch.float16)
+    grid = ChunkGrid.of(9000, 2000)
+    traits = DeviceTraits((9, 0), sm_count, device_traits(0).shared_nbytes)
+    if tokens > 32:
+        configs: list[Config] = [wide_config(grid, weight.nnz, tokens, traits)]
+    else:
+        configs = [hopper_config(grid, weight.nnz, tokens, traits, split=split) for split in (1, 2)]
+    for config in configs:
+        check(fused(x, weight, config), x, w)
+
+
+@hopper
+@pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700), (17000, 300)])
+@pytest.mark.parametrize("tokens", [1, 9, 20, 32])
+def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
+    weight_of = {density: random_weight(*shape, density) for density in (0.0, 0.4, 1.0)}
+    for w in weight_of.values():
+        weight = packed(w)
+        grid = ChunkGrid.of(*shape)
+        if grid.chunks_k < 2:
+            pytest.skip("one chunk along k")
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        config = hopper_config(grid, weight.nnz, tokens, device_traits(0), split=2)
+        first = fused(x, weight, config)
+        check(first, x, w)
+        assert all(torch.equal(fused(x, weight, config), first) for _ in range(5))
+
+
+def test_completes_while_another_kernel_holds_most_sms() -> None:
+    """A kernel on another stream holds its SMs until ours are through, so ours must do with what is left."""
+    x = torch.randn(16, 4096, device="cuda", dtype=torch.float16)
     w = random_weight(4096, 4096, 0.4)
     weight = packed(w)
-    x = torch.randn(16, 4096, device="cuda", dtype=torch.float16)
-    grid = ChunkGrid.of(4096, 4096)
-    expected = linear(x, weight)
-    traits = device_traits(0)
-    if traits.capability != (9, 0):
-        pytest.skip("the Hopper kernel")
-    # Three times as many CTAs as can be resident must give a result as well.
-    config = hopper_config(grid, weight.nnz, 16, DeviceTraits((9, 0), 3 * traits.sm_count, traits.shared_nbytes))
-    assert config.ctas > traits.sm_count
-    check(fused(x, weight, config), x, w)
-    check(expected, x, w)
+    expected = {n: linear(x.repeat(n, 1), weight) for n in (1, 4)}
+    torch.cuda.synchronize()
+    holder = torch.cuda.Stream()
+    with torch.cuda.stream(holder):
+        torch.cuda._sleep(2_000_000_000)  # about a second of one SM; its stream cannot go on
+        busy = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+        for _ in range(50):
+            busy = busy @ busy
+    for n, y in expected.items():
+        assert torch.equal(linear(x.repeat(n, 1), weight), y)
+    torch.cuda.synchronize()

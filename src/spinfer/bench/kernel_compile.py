@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from spinfer.kernels.cuda.compile import KernelSource, cubin
+from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import source
 from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, choose, code_arch
@@ -32,6 +33,7 @@ def kernel_sources(
         grid = ChunkGrid.of(m, k)
         blocks = (("SPINFER_BLOCKS_M", grid.blocks_m),)
         found[KernelSource("repack.cu", code_arch(traits.capability), blocks)] = None
+        found[dense_source(grid, traits.capability)] = None
         for density in densities:
             for n in tokens:
                 plan = plan_of(m, k, density, n, traits)

@@ -25,8 +25,8 @@ MAX_CHUNK_NBYTES = -(-(VALUES_AT + BLOCKS * BLOCK_ROWS * BLOCK_COLS * 2 + GATHER
 """A fully dense chunk."""
 
 _SHORT, _TALL = 4224, 16384
-"""Up to _SHORT rows, chunks of 64 x 512, so that 66 clusters of two CTAs all have a row block; from _TALL on 256 x 128: x is
-read half as often as with 128 x 256, and there are row blocks enough that few CTAs share one."""
+"""Up to _SHORT rows, chunks of 64 x 512, so that 66 clusters of two CTAs all have a row block; from _TALL on 256 x 128:
+x is read half as often as with 128 x 256, and there are row blocks enough that few CTAs share one."""
 
 
 @dataclass(frozen=True)

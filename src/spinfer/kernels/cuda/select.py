@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, ChunkGrid
@@ -29,7 +30,7 @@ _WORKSPACE_NBYTES = 512 << 20
 
 _BARRIER_NBYTES = 1024
 
-_BYTES_A_US, _SPLIT_SAVES_US = 3.0e6, 2.4
+_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY = 3.0e6, 2.4, 0.45
 """Of an H100; see _split_pays."""
 
 
@@ -143,10 +144,7 @@ def hopper_config(
     chunk = grid.mean_chunk_nbytes(nnz)
     slots = max(2, min(_MAX_SLOTS, room // (x_nbytes + chunk), (room - MAX_CHUNK_NBYTES) // x_nbytes))
     ring = (room - slots * x_nbytes) // 128 * 128
-    if split > 1:
-        ctas = min(traits.sm_count // split, grid.row_blocks) * split
-    else:
-        ctas = min(traits.sm_count, grid.chunks)
+    ctas = min(traits.sm_count, grid.chunks) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
     return HopperConfig(
         tokens=tile,
         split=split,
@@ -162,16 +160,17 @@ def hopper_config(
 def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs that share row blocks are faster than ranges of chunks.
 
-    Measured on an H100: a pair saves 2.4 us of adding up; where row blocks do not go round evenly, the time of the
-    copies grows by the root of the share of idle CTAs (28.2 us instead of 23.4 with half of them idle).
+    Measured on an H100: a pair saves 2.4 us of adding up. Where row blocks do not go round evenly, the time of the
+    copies grows with the inverse root of the share of busy CTAs (28.2 us instead of 23.4 with half of them idle); with
+    fewer than half, decoding decides.
     """
     clusters = traits.sm_count // 2
     if grid.chunks_k < 2 or clusters == 0:
         return False
     rounds = -(-grid.row_blocks // clusters)
-    busy = grid.row_blocks / (rounds * clusters)
+    busy: float = grid.row_blocks / (rounds * clusters)
     copies_us = grid.chunks * grid.mean_chunk_nbytes(nnz) / _BYTES_A_US
-    return copies_us * (busy**-0.5 - 1) < _SPLIT_SAVES_US
+    return busy >= _SPLIT_LEAST_BUSY and copies_us * (math.sqrt(1 / busy) - 1) < _SPLIT_SAVES_US
 
 
 def wide_config(
