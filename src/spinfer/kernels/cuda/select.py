@@ -18,9 +18,9 @@ _MAX_SLOTS = 8
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
-_MOST_HOPPER = 256
-"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: two passes take 409 us at 256 tokens, three
-632 at 384; decoding takes 335 and cuBLAS then 189 and 248. benchmarks/results/h100/kernel_tokens.json."""
+_MOST_HOPPER = 448
+"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: passes of 128 tokens take 155 us each, cuBLAS
+372 us at 512 tokens after decoding. benchmarks/results/h100/kernel.json."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
