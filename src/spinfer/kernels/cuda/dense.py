@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, BLOCKS, ChunkGrid
-from spinfer.kernels.cuda.runtime import device_traits, load
+from spinfer.kernels.cuda.runtime import LaunchShape, device_traits, load
 from spinfer.kernels.cuda.select import code_arch
 
 _ARGS = struct.Struct("3Qq6i")
@@ -55,10 +55,7 @@ def decode_row_blocks(chunks: Tensor, offsets: Tensor, grid: ChunkGrid, first: i
     with torch.cuda.device(index):
         load(dense_source(grid, traits.capability), "spinfer_to_dense").launch(
             index,
-            min(chunk_count * BLOCKS // _WARPS, traits.sm_count * _CTAS_A_SM),
-            _WARPS * 32,
-            _SHARED_NBYTES,
-            1,
+            LaunchShape(min(chunk_count * BLOCKS // _WARPS, traits.sm_count * _CTAS_A_SM), _WARPS * 32, _SHARED_NBYTES),
             torch._C._cuda_getCurrentRawStream(index),
             arguments,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.runtime import TensorMaps, Workspaces, load
+from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
 from spinfer.kernels.cuda.select import HopperConfig, PortableConfig, WideConfig
 
 _CALL = struct.Struct("7Q2i")
@@ -50,7 +50,7 @@ class FusedPass:
         self._box_rows = config.tokens
         self._strips = passes * grid.row_blocks
         self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
-        self._launch_shape = (device.index, config.ctas, warps * 32, config.shared_nbytes, split)
+        self._launch_shape = LaunchShape(config.ctas, warps * 32, config.shared_nbytes, split, dependent=self._hopper)
         each, extra = divmod(self._strips * grid.chunks_k, config.ctas)
         self._constants = _CONSTANTS.pack(
             grid.out_features, grid.in_features, grid.chunks_k, grid.row_blocks, self._strips, each, extra, *memory
@@ -88,7 +88,7 @@ class FusedPass:
         )
         if self._hopper:
             arguments = _tensor_maps.get(address, tokens, in_features, stride, self._box_rows) + arguments
-        self._kernel.launch(*self._launch_shape, stream, arguments + self._constants, dependent=self._hopper)
+        self._kernel.launch(self._device.index, self._launch_shape, stream, arguments + self._constants)
 
 
 def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:

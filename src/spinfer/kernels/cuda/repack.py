@@ -12,7 +12,7 @@ from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.codec import group_tile_counts
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
-from spinfer.kernels.cuda.runtime import device_traits, load
+from spinfer.kernels.cuda.runtime import LaunchShape, device_traits, load
 from spinfer.kernels.cuda.select import code_arch
 
 _REPACK_ARGS = struct.Struct("6Q4i")
@@ -51,10 +51,7 @@ def _launch(
     with torch.cuda.device(index):
         load(source, name).launch(
             index,
-            min(grid.chunks, traits.sm_count * _CTAS_A_SM),
-            _THREADS,
-            shared,
-            1,
+            LaunchShape(min(grid.chunks, traits.sm_count * _CTAS_A_SM), _THREADS, shared),
             torch._C._cuda_getCurrentRawStream(index),
             arguments,
         )

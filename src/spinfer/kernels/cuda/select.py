@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, ChunkGrid
 
-MAX_NARROW_TOKENS = 32
-"""Most tokens of csrc/matmul_sm90.cu."""
+_NARROW, _MAX_NARROW = 16, 32
+"""Up to _NARROW tokens csrc/matmul_sm90.cu is always the faster one, above _MAX_NARROW never."""
 
 _NARROW_TILES = (8, 16, 24, 32)
-_WIDE_TILES = (48, 64, 96, 128)
+_WIDE_TILES = (32, 48, 64, 96, 128)
 _WIDE_WARPS = 8
 _MAX_SLOTS = 8
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
 _MOST_HOPPER = 448
-"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: passes of 128 tokens take 155 us each, cuBLAS
-372 us at 512 tokens after decoding. benchmarks/results/h100/kernel.json."""
+"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: passes of 128 tokens take 155 us each;
+decoding takes 310 us and cuBLAS 372 at 512 tokens. benchmarks/results/h100/kernel.json."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -30,8 +30,8 @@ _WORKSPACE_NBYTES = 512 << 20
 
 _BARRIER_NBYTES = 1024
 
-_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY = 3.0e6, 2.4, 0.45
-"""Of an H100; see _split_pays."""
+_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _SMALL_US = 3.0e6, 2.4, 0.45, 10.0
+"""Of an H100; see _split_pays and _hopper_choice."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ def hopper_config(
     )
 
 
+def _copies_us(grid: ChunkGrid, nnz: int) -> float:
+    """What reading the weight takes on an H100."""
+    return grid.chunks * grid.mean_chunk_nbytes(nnz) / _BYTES_A_US
+
+
 def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs that share row blocks are faster than ranges of chunks.
 
@@ -169,8 +174,18 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
         return False
     rounds = -(-grid.row_blocks // clusters)
     busy: float = grid.row_blocks / (rounds * clusters)
-    copies_us = grid.chunks * grid.mean_chunk_nbytes(nnz) / _BYTES_A_US
-    return busy >= _SPLIT_LEAST_BUSY and copies_us * (math.sqrt(1 / busy) - 1) < _SPLIT_SAVES_US
+    return busy >= _SPLIT_LEAST_BUSY and _copies_us(grid, nnz) * (math.sqrt(1 / busy) - 1) < _SPLIT_SAVES_US
+
+
+def _hopper_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> HopperConfig | WideConfig:
+    if tokens <= _MAX_NARROW:
+        config = hopper_config(grid, nnz, tokens, traits)
+        # Between the two, x takes so much shared memory that a large matrix waits for its chunks: 8192 x 28672 at 32
+        # tokens and 30 % takes 167 us with 3 slots; the other kernel takes 130 even at 48 tokens.
+        enough = 3 if _copies_us(grid, nnz) < _SMALL_US else 4
+        if tokens <= _NARROW or config.slots >= enough:
+            return config
+    return wide_config(grid, nnz, tokens, traits)
 
 
 def wide_config(
@@ -183,7 +198,7 @@ def wide_config(
     boxes: int | None = None,
     in_flight: int = 2,
 ) -> WideConfig:
-    """Configuration of the kernel for more than 32 tokens.
+    """Configuration of the kernel for more tokens.
 
     Args:
         grid: how the weight is cut.
@@ -260,9 +275,7 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
     """
     hopper = traits.capability == (9, 0)
     if same_dtype and hopper and tokens <= _MOST_HOPPER:
-        if tokens <= MAX_NARROW_TOKENS:
-            return Fused(tokens, (hopper_config(grid, nnz, tokens, traits),))
-        return Fused(tokens, (wide_config(grid, nnz, tokens, traits),))
+        return Fused(tokens, (_hopper_choice(grid, nnz, tokens, traits),))
     if same_dtype and not hopper and tokens <= _MOST_PORTABLE:
         step = _PORTABLE_TILES[-1]
         return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))

@@ -282,11 +282,10 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
   if (thread == 0) {
     const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
     u32 before;
-    __threadfence();
+    // Releases what all threads wrote before the barrier, and acquires what the other CTAs released.
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + strip) : "memory");
     const bool last = before == parts - 1;
     if (last) p.arrivals[strip] = 0;
-    __threadfence();
     sts_u32(flag, last);
   }
   named_barrier<1>(kThreads);
