@@ -96,12 +96,12 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             try:
                 entry.check(module.storage)
+                module.pack_()  # which validates the parts
             except FormatError as error:
                 raise CheckpointError(
                     f"{getattr(model.config, 'name_or_path', '') or 'checkpoint'}: the parts of {name} disagree: "
                     f"{error}. The files are damaged or incomplete; fetch or compress the model again"
                 ) from error
-            module.pack_()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -166,9 +166,9 @@ def compress_model(
 
     Args:
         model: a module with pruned weights, on CPU or CUDA.
-        include: patterns of module names to compress (`*.mlp.*`, or `re:` and a regular expression); all where empty.
-        ignore: patterns of module names to leave dense.
-        progress: called with (done, total) after each Linear.
+        include: as for `replace_linears`.
+        ignore: likewise.
+        progress: likewise.
 
     Returns:
         Which modules were encoded, and why the others were not.
