@@ -32,8 +32,9 @@ namespace {
 // slower); towards the end they get shorter, so that the threads finish together.
 constexpr int64_t kRunBytes = 1200 << 10;
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kSerialWork = 1 << 16;
+// Below this many multiply-adds a second thread brings nothing (192 x 576 and 320 x 640 at N = 1 take 7 and 9 us either
+// way), and where other processes keep the cores busy it costs a scheduler slice.
+constexpr int64_t kSerialWork = 1 << 18;
 
 // Grows with the largest problem of its thread, and lives as long: no page faults in the steady state.
 class Workspace {
