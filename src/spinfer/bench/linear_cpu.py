@@ -60,7 +60,7 @@ class Row:
 
     `ours` is the kernel with `dtype` values and activations, `read` a pure read of its bytes, the others torch's dense
     layers: F.linear in three types, and oneDNN with a prepacked bf16 weight (NaN where it does not exist). `samples` is
-    the smallest number of undisturbed samples behind any of them; at 0, a median is of disturbed ones.
+    the smallest number of undisturbed samples behind any of them; without one, a time is the least of the disturbed ones.
     """
 
     model: str
@@ -125,7 +125,8 @@ class Bench:
         """Time calls, which get a running number that picks their copy.
 
         Returns:
-            Each call's median in microseconds, and the smallest number of undisturbed samples behind one.
+            Each call's median in microseconds (the least of the samples where all were disturbed), and the smallest
+            number of undisturbed samples behind one.
         """
         kept: dict[str, list[float]] = {name: [] for name in calls}
         disturbed: dict[str, list[float]] = {name: [] for name in calls}
@@ -143,7 +144,8 @@ class Bench:
             patience = self._seconds if fewest >= self._samples else 4 * self._seconds
             if turn >= 2 and spent >= patience:
                 break
-        return {name: statistics.median(times or disturbed[name]) for name, times in kept.items()}, fewest
+        took = {name: statistics.median(times) if times else min(disturbed[name]) for name, times in kept.items()}
+        return took, fewest
 
 
 class Weights:
