@@ -16,5 +16,6 @@ ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 SPINFER_CPU_TIER=avx2 \
   linear "$directory-avx2" --models Llama-2-7B --tokens 1 4 8 16 --sparsities 0.5 0.7 --threads 2
 "$python" -m spinfer.bench.linear_cpu_report "$directory"
 "$python" -m spinfer.bench.linear_cpu_report "$directory-avx2"
+"$python" benchmarks/pack_cpu.py "$directory/pack.json"
 "$python" benchmarks/decode_cpu.py "$directory/decode_llama1b.json"
 if [ -n "$model" ]; then "$python" benchmarks/decode_cpu.py "$directory/decode_$(basename "$model").json" "$model"; fi
