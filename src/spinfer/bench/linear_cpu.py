@@ -60,7 +60,7 @@ class Row:
 
     `ours` is the kernel with `dtype` values and activations, `read` a pure read of its bytes, the others torch's dense
     layers: F.linear in three types, and oneDNN with a prepacked bf16 weight (NaN where it does not exist). `samples` is
-    the smallest number of undisturbed samples behind any of them; without one, a time is the least of the disturbed ones.
+    the smallest number of undisturbed samples behind any of them; without one, a time is the least of all.
     """
 
     model: str
@@ -144,8 +144,8 @@ class Bench:
             patience = self._seconds if fewest >= self._samples else 4 * self._seconds
             if turn >= 2 and spent >= patience:
                 break
-        took = {name: statistics.median(times) if times else min(disturbed[name]) for name, times in kept.items()}
-        return took, fewest
+        medians = {name: statistics.median(times) if times else min(disturbed[name]) for name, times in kept.items()}
+        return medians, fewest
 
 
 class Weights:

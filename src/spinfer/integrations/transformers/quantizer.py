@@ -102,6 +102,7 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{getattr(model.config, 'name_or_path', '') or 'checkpoint'}: the parts of {name} disagree: "
                     f"{error}. The files are damaged or incomplete; fetch or compress the model again"
                 ) from error
+        _leave_files(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -133,6 +134,17 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy the dense tensors out of the mapped checkpoint files.
+
+    One of them would keep its whole file mapped, and so resident what packing has read of it: the weights twice.
+    """
+    packed = {id(part) for module in _sparse_modules(model).values() for part in module.buffers()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and id(tensor) not in packed:
+            tensor.data = tensor.data.clone()
 
 
 def _module_path(model: PreTrainedModel, name: str) -> str:
