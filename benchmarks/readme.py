@@ -77,9 +77,12 @@ def cpu() -> str:
                 row = rows[sparsity, n]
                 dense = [float(row[name]) for name in ("bf16", "fp16", "fp32", "prepacked_bf16")]
                 best = min(time for time in dense if time == time)  # a baseline that was not run is NaN
-                cells.append(f"{dense[0] / float(row['ours']):.1f}x / {best / float(row['ours']):.1f}x")
+                star = "" if int(row["samples"]) else r" \*"
+                cells.append(f"{dense[0] / float(row['ours']):.1f}x / {best / float(row['ours']):.1f}x{star}")
             lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
         plot = (directory / "speedup.svg").relative_to(ROOT).as_posix()
+        if any("*" in line for line in lines):
+            lines += ["", r"\*: other processes disturbed every sample of one of the times."]
         lines += ["", f"![Speed-up over torch's bf16 F.linear against sparsity, 4096 x 4096, {machine}]({plot})"]
         parts.append(linked("\n".join(lines), file))
     return "\n\n".join(parts)
