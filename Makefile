@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test test-native test-cuda-compile quality bench-cpu bench-gpu readme clean
+.PHONY: demo test test-native test-aarch64 test-cuda-compile quality bench-cpu bench-gpu readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ test-native: $(VENV)/.installed  # the C++ under AddressSanitizer and UBSan, and
 test-cuda-compile: $(VENV)/.cuda  # the CUDA kernels for all architectures, no GPU needed: they compile, and nothing spills
 	$(PY) -m pytest -m nvrtc tests/test_cuda_compile.py
 
+test-aarch64: $(VENV)/.installed  # the same without sanitizers, cross-compiled (Debian: g++-aarch64-linux-gnu, qemu-user)
+	$(VENV)/bin/cmake -S . -B build/aarch64 -DSPINFER_TESTS=ON -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(VENV)/bin/cmake --build build/aarch64 --parallel 2
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/test_cpu
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/fuzz_cpu
+
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
@@ -37,8 +44,7 @@ quality: $(VENV)/.installed
 	$(PY) benchmarks/readme.py --check
 
 bench-cpu: $(VENV)/.installed
-	$(PY) -m spinfer.bench.linear_cpu build/bench-cpu
-	$(PY) -m spinfer.bench.linear_cpu_report build/bench-cpu
+	PYTHON=$(PY) benchmarks/cpu.sh build/bench-cpu
 
 bench-gpu: $(VENV)/.cuda
 	$(PY) -m spinfer.bench.kernel_sweep --out build/bench-gpu/kernel.json

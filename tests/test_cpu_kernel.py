@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -361,9 +362,9 @@ def test_the_environment_picks_a_tier() -> None:
 
 def test_a_tier_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LIBRARY is not None
+    packed = CPU.pack(encode(torch.ones(8, 8)))
     monkeypatch.setattr(LIBRARY, "tiers", ("scalar",))
     backend = CpuBackend(next(name for name in LIBRARY._names if name != "scalar"))
-    packed = CPU.pack(encode(torch.ones(8, 8)))
     with pytest.raises(SpinferError, match="instructions that this CPU lacks; this machine runs scalar"):
         backend.linear(torch.ones(1, 8), packed, None)
 
@@ -402,6 +403,23 @@ def test_without_the_library_one_warning_and_the_portable_path(monkeypatch: pyte
             CPU.pack(weight)
     finally:
         load.cache_clear()
+
+
+def test_without_a_compiler_the_build_succeeds_and_says_so(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("make", "uname"):  # no compiler among them
+        found = shutil.which(name)
+        if found is None:
+            pytest.skip(f"needs {name}")
+        (tools / name).symlink_to(found)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "cmake", "-S", str(root), "-B", str(tmp_path / "build"), "-G", "Unix Makefiles"]
+    done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    message = " ".join(done.stderr.split())
+    assert "No C++ compiler was found: spinfer is installed without its native CPU kernel" in message
+    assert "Install g++ or clang++ and reinstall" in message
 
 
 def test_another_versions_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

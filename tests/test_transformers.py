@@ -74,6 +74,17 @@ def test_save_load_save_is_bit_exact(architecture: str, tokens: Tensor, tmp_path
         assert (tmp_path / "two" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees mapped files through /proc")
+def test_a_loaded_model_keeps_no_file_mapped(architecture: str, tmp_path: Path) -> None:
+    model = pruned_model(architecture)
+    spinfer.compress_model(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    head = loaded.get_output_embeddings().weight
+    assert (head is loaded.get_input_embeddings().weight) == model.config.tie_word_embeddings
+
+
 def test_generate_and_dequantize(architecture: str, tokens: Tensor, tmp_path: Path) -> None:
     model = pruned_model(architecture, dtype=torch.float32)
     mask = torch.ones_like(tokens)

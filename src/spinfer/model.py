@@ -91,7 +91,7 @@ def replace_linears(
 
     Args:
         model: any module whose weights are loaded.
-        include: patterns of module names to compress, all where empty; see `Selection`.
+        include: patterns of module names to compress (`*.mlp.*`, or `re:` and a regular expression), all where empty.
         ignore: patterns of module names to leave dense.
         progress: called with (done, total) after each Linear.
 

@@ -4,7 +4,8 @@ How it measures: all variants of one shape (dense baselines, ours at each sparsi
 ours) take turns in one process. Each has so many copies of its weight that all other variants' copies, `COLD_NBYTES`
 or more, pass through the caches before a copy comes again. A sample is dropped when the system preempted one of the
 process's threads during it (rusage counts that), and medians are taken of the rest. Rows go to DIRECTORY/linear.csv as
-they are measured; a run that finds rows there measures only what is missing.
+they are measured; a run that finds rows there measures only what is missing, or has fewer undisturbed samples than
+--enough, and keeps the better of the two.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ class Row:
 
     `ours` is the kernel with `dtype` values and activations, `read` a pure read of its bytes, the others torch's dense
     layers: F.linear in three types, and oneDNN with a prepacked bf16 weight (NaN where it does not exist). `samples` is
-    the smallest number of undisturbed samples behind any of them; at 0, a median is of disturbed ones.
+    the smallest number of undisturbed samples behind any of them; without one, a time is the least of all.
     """
 
     model: str
@@ -85,12 +87,23 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a linear.csv; none if there is no such file."""
+    """The rows of a linear.csv, of one measured twice the one with more samples; none if there is no such file."""
     if not path.exists():
         return []
     kinds = {"str": str, "int": int, "float": float}
     with path.open(newline="") as file:
-        return [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+        lines = list(csv.DictReader(file))
+    rows = [Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)}) for line in lines]
+    return list({row.key: row for row in sorted(rows, key=lambda row: row.samples)}.values())
+
+
+def write_rows(path: Path, rows: Iterable[Row], mode: Literal["a", "w"]) -> None:
+    """Write or append rows."""
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 class Bench:
@@ -112,7 +125,8 @@ class Bench:
         """Time calls, which get a running number that picks their copy.
 
         Returns:
-            Each call's median in microseconds, and the smallest number of undisturbed samples behind one.
+            Each call's median in microseconds (the least of the samples where all were disturbed), and the smallest
+            number of undisturbed samples behind one.
         """
         kept: dict[str, list[float]] = {name: [] for name in calls}
         disturbed: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,7 +144,8 @@ class Bench:
             patience = self._seconds if fewest >= self._samples else 4 * self._seconds
             if turn >= 2 and spent >= patience:
                 break
-        return {name: statistics.median(times or disturbed[name]) for name, times in kept.items()}, fewest
+        medians = {name: statistics.median(times) if times else min(disturbed[name]) for name, times in kept.items()}
+        return medians, fewest
 
 
 class Weights:
@@ -214,6 +229,7 @@ def machine(library: CpuLibrary) -> dict[str, object]:
         "kernel": platform.release(),
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average_1_minute": os.getloadavg()[0],
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -230,6 +246,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of our values and activations")
     parser.add_argument("--seconds", type=float, default=1.5, help="least time for one shape and number of tokens")
     parser.add_argument("--samples", type=int, default=15, help="undisturbed samples of each variant")
+    parser.add_argument("--enough", type=int, default=0, help="undisturbed samples below which rows are measured again")
     args = parser.parse_args()
     library = load()
     if library is None:
@@ -239,15 +256,11 @@ def main() -> None:
     args.directory.mkdir(parents=True, exist_ok=True)
     (args.directory / "machine.json").write_text(json.dumps(machine(library), indent=1) + "\n")
     path = args.directory / "linear.csv"
-    done = read_rows(path)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        for row in measure(library, Bench(args.seconds, args.samples), done, args):
-            writer.writerow(asdict(row))
-            file.flush()
-            print(*astuple(row), f"{row.ours / row.bf16:.2f} of bf16, {row.read / row.ours:.2f} of reading", flush=True)
+    done = [row for row in read_rows(path) if row.samples >= args.enough]
+    for row in measure(library, Bench(args.seconds, args.samples), done, args):
+        write_rows(path, [row], "a")
+        print(*astuple(row), f"{row.ours / row.bf16:.2f} of bf16, {row.read / row.ours:.2f} of reading", flush=True)
+    write_rows(path, sorted(read_rows(path), key=lambda row: row.key), "w")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ PLOTTED_TOKENS = (1, 4, 16, 64)
 
 
 def table(rows: Sequence[Row], *, threads: int, sparsities: Sequence[float] = (0.5, 0.6, 0.7)) -> str:
-    """Markdown: ours over each baseline, one line for a shape, sparsity and number of tokens; lower is better."""
+    """Markdown: ours over each baseline, one line for a shape, sparsity and number of tokens; lower is better.
+
+    A star marks rows in which some time has no undisturbed sample.
+    """
     lines = [
         "| out x in | type | sparsity | N | us | / bf16 | / fp16 | / fp32 | / prepacked bf16 | share of pure read |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -25,17 +28,23 @@ def table(rows: Sequence[Row], *, threads: int, sparsities: Sequence[float] = (0
         if row.threads == threads and row.sparsity in sparsities:
             ratios = (row.ours / other for other in (row.bf16, row.fp16, row.fp32, row.prepacked_bf16))
             cells = (f"{row.out_features} x {row.in_features}", row.dtype, f"{row.sparsity:.0%}", row.tokens)
-            numbers = (f"{row.ours:.0f}", *(f"{ratio:.2f}" for ratio in ratios), f"{row.read / row.ours:.2f}")
+            star = "" if row.samples else " \\*"
+            numbers = (f"{row.ours:.0f}{star}", *(f"{ratio:.2f}" for ratio in ratios), f"{row.read / row.ours:.2f}")
             lines.append(f"| {' | '.join(map(str, cells + numbers))} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: Sequence[Row], path: Path, *, shape: tuple[int, int] = (4096, 4096), threads: int = 2) -> None:
-    """Speed-up over bf16 F.linear against sparsity, one line per N, and the limit of a pure read at N = 1."""
+    """Speed-up over bf16 F.linear against sparsity, one line per N, and the limit of a pure read at N = 1.
+
+    Nothing is written where no row is of that shape.
+    """
     from matplotlib.figure import Figure
 
     wanted = (*shape, "bf16", threads)
     mine = [row for row in rows if (row.out_features, row.in_features, row.dtype, row.threads) == wanted]
+    if not mine:
+        return
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for tokens in PLOTTED_TOKENS:
@@ -62,7 +71,8 @@ def main() -> None:
     directory = parser.parse_args().directory
     rows = read_rows(directory / "linear.csv")
     (directory / "linear.md").write_text(
-        "Medians; ours in microseconds and as a ratio to each baseline of the same N (lower is better).\n\n"
+        "Medians; ours in microseconds and as a ratio to each baseline of the same N (lower is better). \\*: other "
+        "processes disturbed every sample of one of the times, which is then the least of them.\n\n"
         + "\n".join(f"## {n} thread{'s' * (n > 1)}\n\n{table(rows, threads=n)}" for n in (2, 1))
     )
     plot(rows, directory / "speedup.svg")

@@ -103,7 +103,7 @@ class CompressedCheckpoint:
         infos = self.infos(name)
         values, bitmap, offsets = (self.source.read(info.name) for info in infos)
         try:
-            weight = TcaBmeTensor(values, bitmap, offsets, entry.shape, entry.nnz)
+            weight = TcaBmeTensor(values, bitmap, offsets, entry.shape, entry.nnz).validate()
             entry.check(weight)
         except FormatError as error:
             files = " and ".join(sorted({str(info.file) for info in infos}))

@@ -10,6 +10,7 @@ from torch import Tensor
 from spinfer.errors import FormatError
 from spinfer.format.codec import decode_arrays, encode_arrays, group_tile_counts
 from spinfer.format.layout import (
+    BIT_PATTERN_DTYPES,
     BITMAP_TILE,
     GROUP_TILE,
     OFFSET_UNIT,
@@ -106,7 +107,7 @@ class TcaBmeTensor:
 
         Raises:
             FormatError: offsets that do not start at zero, decrease, or disagree with the bitmap or the values; bits
-                outside the matrix; a bitmap that does not count `nnz`.
+                outside the matrix; a bitmap that does not count `nnz`; padding that is not zero.
         """
         offsets = self.offsets.long()
         counts = group_tile_counts(self.bitmap)
@@ -127,7 +128,17 @@ class TcaBmeTensor:
             raise FormatError(f"the bitmap counts {int(counts.sum())} nonzeros, but nnz says {self.nnz}")
         if bool(self._bits_outside().any()):
             raise FormatError(f"the bitmap has bits set outside the {self.shape} matrix")
+        if bool(self._padding(counts).any()):
+            raise FormatError("a GroupTile's values are padded with something else than zeros")
         return self
+
+    def _padding(self, counts: Tensor) -> Tensor:
+        """Bit patterns of the last OFFSET_UNIT values of each GroupTile, those that are not padding set to zero."""
+        used = counts.nonzero().view(-1)
+        units = self.values.view(BIT_PATTERN_DTYPES[self.dtype]).view(-1, OFFSET_UNIT)
+        last = units.index_select(0, self.offsets[1:].index_select(0, used) - 1)
+        lane = torch.arange(OFFSET_UNIT, device=self.device)
+        return last * (lane > ((counts.index_select(0, used) - 1) % OFFSET_UNIT).unsqueeze(1))
 
     def _bits_outside(self) -> Tensor:
         """Words of the edge GroupTiles, masked to the bits that lie in the padding."""

@@ -96,12 +96,13 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             try:
                 entry.check(module.storage)
+                module.pack_()  # which validates the parts
             except FormatError as error:
                 raise CheckpointError(
                     f"{getattr(model.config, 'name_or_path', '') or 'checkpoint'}: the parts of {name} disagree: "
                     f"{error}. The files are damaged or incomplete; fetch or compress the model again"
                 ) from error
-            module.pack_()
+        _leave_files(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -135,6 +136,17 @@ def _sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 
 
+def _leave_files(model: nn.Module) -> None:
+    """Copy the dense tensors out of the mapped checkpoint files.
+
+    One of them would keep its whole file mapped, and so resident what packing has read of it: the weights twice.
+    """
+    packed = {id(part) for module in _sparse_modules(model).values() for part in module.buffers()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and id(tensor) not in packed:
+            tensor.data = tensor.data.clone()
+
+
 def _module_path(model: PreTrainedModel, name: str) -> str:
     """A checkpoint's module name as this model has it: the base model's prefix may come or go between heads."""
     prefix = f"{model.base_model_prefix}."
@@ -166,9 +178,9 @@ def compress_model(
 
     Args:
         model: a module with pruned weights, on CPU or CUDA.
-        include: patterns of module names to compress (`*.mlp.*`, or `re:` and a regular expression); all where empty.
-        ignore: patterns of module names to leave dense.
-        progress: called with (done, total) after each Linear.
+        include: as for `replace_linears`.
+        ignore: likewise.
+        progress: likewise.
 
     Returns:
         Which modules were encoded, and why the others were not.

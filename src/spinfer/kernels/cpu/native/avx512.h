@@ -12,23 +12,22 @@ namespace {
 #include "convert.h"
 #include "panels.h"
 
-// Prefetch of one pair's values and masks, far ahead into L2 and nearer into L1: the hardware's own prefetch stops at each
-// 4 KiB page, and lines that come straight from memory hold L1's few fill buffers too long. Without: 10 % slower at N = 1
-// to 4 (4096 x 4096, cold); with one distance only: 4 to 8 %.
-template <class Value>
-inline void prefetch(const Value* values, const uint32_t* masks) {
-  const char* at = reinterpret_cast<const char*>(values);
-  for (size_t line = 0; line < 32 * sizeof(Value); line += 64) {  // two half full masks have 32 values
-    _mm_prefetch(at + 8192 + line, _MM_HINT_T1);
-    _mm_prefetch(at + 2048 + line, _MM_HINT_T0);
-  }
-  _mm_prefetch(reinterpret_cast<const char*>(masks) + 256, _MM_HINT_T0);
-}
+// Measured on the CPU whose default the tier is (4096 x 4096, cold weights): Zen 4 for avx512bf16, Golden Cove for avx512.
+#ifdef SPINFER_BF16_TIER
+constexpr Ahead kAhead{12288, 4096, 4096, 512};
+#else
+constexpr Ahead kAhead{8192, 2048, 0, 256};
+#endif
 
 // vpexpandw and vpexpandd depend on their destination even when they zero it (Zen 4); clearing it first costs nothing.
-inline __m512i expand16(__mmask32 mask, const void* from) {
+// The mask comes from a general register, which popcnt needs anyway: kmovd from memory takes a load slot more, 7 % of the
+// time at N = 1 (Zen 4).
+inline __m512i expand16(uint32_t mask, const void* from) {
   __m512i out;
-  asm("vpxord %0, %0, %0\n\tvpexpandw %2, %0%{%1%}%{z%}" : "=&v"(out) : "Yk"(mask), "v"(_mm512_loadu_si512(from)));
+  __mmask32 k;
+  asm("kmovd %2, %1\n\tvpxord %0, %0, %0\n\tvpexpandw %3, %0%{%1%}%{z%}"
+      : "=&v"(out), "=&Yk"(k)
+      : "r"(mask), "v"(_mm512_loadu_si512(from)));
   return out;
 }
 
@@ -74,7 +73,7 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
   }
   for (int64_t pair = 0; pair < pairs; ++pair) {
     __m512 even0, odd0, even1, odd1;
-    prefetch(values, masks + 2 * pair);
+    prefetch(kAhead, values, masks + 2 * pair);
     decode(values, masks[2 * pair], even0, odd0);
     decode(values, masks[2 * pair + 1], even1, odd1);
 #pragma GCC unroll 12
@@ -98,30 +97,47 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
 }
 
 #ifdef SPINFER_BF16_TIER
+// Both columns of a pair at column `column` of a row of x, in every lane.
+inline __m512bh broadcast_pair(const uint16_t* x, int64_t column) {
+  int32_t both;
+  __builtin_memcpy(&both, x + column, 4);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// With one token, every other pair has sums of its own: vdpbf16ps takes 6 cycles, and a pair should take as many (Zen 4).
 template <class Value, int kTokens>
 const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x, float* totals) {
-  __m512 first[kTokens], last[kTokens];
+  constexpr int kChains = kTokens == 1 ? 2 : 1;
+  __m512 first[kTokens][kChains], last[kTokens][kChains];
 #pragma GCC unroll 12
-  for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    prefetch(values, masks + 2 * pair);
+  for (int t = 0; t < kTokens; ++t) {
+    for (int c = 0; c < kChains; ++c) first[t][c] = last[t][c] = _mm512_setzero_ps();
+  }
+  const auto multiply_pair = [&](int64_t pair, int chain) __attribute__((always_inline)) {
+    prefetch(kAhead, values, masks + 2 * pair);
     const __m512i w0 = expand16(masks[2 * pair], values);
     values += _mm_popcnt_u32(masks[2 * pair]);
     const __m512i w1 = expand16(masks[2 * pair + 1], values);
     values += _mm_popcnt_u32(masks[2 * pair + 1]);
 #pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
-      int32_t both;
-      __builtin_memcpy(&both, x + t * kRowX + 2 * pair, 4);
-      const __m512bh xs = (__m512bh)_mm512_set1_epi32(both);
-      first[t] = _mm512_dpbf16_ps(first[t], (__m512bh)w0, xs);
-      last[t] = _mm512_dpbf16_ps(last[t], (__m512bh)w1, xs);
+      const __m512bh xs = broadcast_pair(x, t * kRowX + 2 * pair);
+      first[t][chain] = _mm512_dpbf16_ps(first[t][chain], (__m512bh)w0, xs);
+      last[t][chain] = _mm512_dpbf16_ps(last[t][chain], (__m512bh)w1, xs);
     }
+  };
+  int64_t pair = 0;
+  for (; pair + kChains <= pairs; pair += kChains) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kChains; ++c) multiply_pair(pair + c, c);
   }
+  if (pair < pairs) multiply_pair(pair, 0);
 #pragma GCC unroll 12
   for (int t = 0; t < kTokens; ++t) {
-    add_to(totals + t * 32, first[t]);
-    add_to(totals + t * 32 + 16, last[t]);
+    for (int c = 0; c < kChains; ++c) {
+      add_to(totals + t * 32, first[t][c]);
+      add_to(totals + t * 32 + 16, last[t][c]);
+    }
   }
   return values;
 }
@@ -141,23 +157,16 @@ const Value* all_tokens(const Value* values, const uint32_t* masks, int64_t pair
       tokens_block<Value, 5>, tokens_block<Value, 6>,  tokens_block<Value, 7>,  tokens_block<Value, 8>,
       tokens_block<Value, 9>, tokens_block<Value, 10>, tokens_block<Value, 11>, tokens_block<Value, 12>,
   };
-  const Value* end = values;
-  int64_t parts = (tokens + kMaxTokens - 1) / kMaxTokens;  // of nearly the same size
-  for (int64_t token = 0; token < tokens; --parts) {
-    const int64_t n = (tokens - token + parts - 1) / parts;
-    end = kBlocks[n - 1](values, masks, pairs, x + token * kRowX, totals + token * 32);
-    token += n;
-  }
-  return end;
+  return kBlocks[tokens - 1](values, masks, pairs, x, totals);
 }
 
-// [column][32 rows] of decoded weights times x.
+// Decoded weights, [column][32 rows] in fp32, times x.
 template <int kTokens>
-void multiply(const float* dense, int64_t columns, const float* x, float* totals) {
+void multiply(const float* dense, int64_t pairs, const float* x, float* totals) {
   __m512 first[kTokens], last[kTokens];
 #pragma GCC unroll 12
   for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < columns; ++k) {
+  for (int64_t k = 0; k < 2 * pairs; ++k) {
     const __m512 w0 = _mm512_load_ps(dense + 32 * k), w1 = _mm512_load_ps(dense + 32 * k + 16);
 #pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
@@ -173,34 +182,71 @@ void multiply(const float* dense, int64_t columns, const float* x, float* totals
   }
 }
 
-// Many tokens: decode a chunk into L1 once, multiply from there. Expanding it again for every kMaxTokens tokens instead is
-// 10 % slower at 16 tokens, 18 % at 64 and 60 % at 512.
+// Decode one pair, in the form that `multiply` of the same type of x reads.
 template <class Value>
-const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, int64_t tokens,
+inline void decode_pair(const Value*& values, const uint32_t* masks, float* dense) {
+  for (int half = 0; half < 2; ++half) {
+    __m512 even, odd;
+    decode(values, masks[half], even, odd);
+    _mm512_store_ps(dense + half * 16, even);
+    _mm512_store_ps(dense + half * 16 + 32, odd);
+  }
+}
+
+#ifdef SPINFER_BF16_TIER
+// The same, [pair][32 rows] of both columns in bf16.
+template <int kTokens>
+void multiply(const uint32_t* dense, int64_t pairs, const uint16_t* x, float* totals) {
+  __m512 first[kTokens], last[kTokens];
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) first[t] = last[t] = _mm512_setzero_ps();
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const __m512bh w0 = (__m512bh)_mm512_load_si512(dense + 32 * pair);
+    const __m512bh w1 = (__m512bh)_mm512_load_si512(dense + 32 * pair + 16);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512bh xs = broadcast_pair(x, t * kRowX + 2 * pair);
+      first[t] = _mm512_dpbf16_ps(first[t], w0, xs);
+      last[t] = _mm512_dpbf16_ps(last[t], w1, xs);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+    add_to(totals + t * 32, first[t]);
+    add_to(totals + t * 32 + 16, last[t]);
+  }
+}
+
+inline void decode_pair(const Bf16*& values, const uint32_t* masks, uint32_t* dense) {
+  for (int half = 0; half < 2; ++half) {
+    _mm512_store_si512(dense + half * 16, expand16(masks[half], values));
+    values += _mm_popcnt_u32(masks[half]);
+  }
+}
+#endif
+
+// Many tokens: decode a chunk into L1 once, multiply from there. Expanding it again for every kMaxTokens tokens instead is
+// 10 % slower at 16 tokens, 18 % at 64 and 60 % at 512 (Golden Cove, FMA).
+template <class Value, class Dense, class X>
+const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, const X* x, int64_t tokens,
                      float* totals) {
-  static constexpr void (*kMultiply[kMaxTokens])(const float*, int64_t, const float*, float*) = {
+  static constexpr void (*kMultiply[kMaxTokens])(const Dense*, int64_t, const X*, float*) = {
       multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
       multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
   };
-  constexpr int64_t kChunkPairs = 32;
-  alignas(64) float dense[kChunkPairs * 64];  // 8 KiB
+  constexpr int64_t kPair = 16 * sizeof(X);  // elements of a decoded pair: 64 in fp32, 32 pairs of bf16
+  constexpr int64_t kChunkPairs = 8192 / (kPair * sizeof(Dense));
+  alignas(64) Dense dense[kChunkPairs * kPair];
   for (int64_t start = 0; start < pairs; start += kChunkPairs) {
     const int64_t n = lesser(kChunkPairs, pairs - start);
     for (int64_t pair = 0; pair < n; ++pair) {
-      prefetch(values, masks + 2 * (start + pair));
-      for (int half = 0; half < 2; ++half) {
-        __m512 even, odd;
-        decode(values, masks[2 * (start + pair) + half], even, odd);
-        _mm512_store_ps(dense + pair * 64 + half * 16, even);
-        _mm512_store_ps(dense + pair * 64 + half * 16 + 32, odd);
-      }
+      const uint32_t* of_pair = masks + 2 * (start + pair);
+      prefetch(kAhead, values, of_pair);
+      decode_pair(values, of_pair, dense + pair * kPair);
     }
-    int64_t parts = (tokens + kMaxTokens - 1) / kMaxTokens;
-    for (int64_t token = 0; token < tokens; --parts) {
-      const int64_t size = (tokens - token + parts - 1) / parts;
-      kMultiply[size - 1](dense, 2 * n, x + token * kRowX + 2 * start, totals + token * 32);
-      token += size;
-    }
+    in_parts(tokens, kMaxTokens, [&](int64_t token, int64_t size) {
+      kMultiply[size - 1](dense, n, x + token * kRowX + 2 * start, totals + token * 32);
+    });
   }
   return values;
 }
@@ -240,7 +286,7 @@ struct Avx512 {
   template <class Value>
   static const Value* block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, int64_t tokens,
                             float* totals) {
-    if (tokens > kMaxTokens) return decoded(values, masks, pairs, x, tokens, totals);
+    if (tokens > kMaxTokens) return decoded<Value, float>(values, masks, pairs, x, tokens, totals);
     return all_tokens(values, masks, pairs, x, tokens, totals);
   }
 
@@ -248,6 +294,7 @@ struct Avx512 {
   template <class Value>
   static const Value* block_bf16(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x,
                                  int64_t tokens, float* totals) {
+    if (tokens > kMaxTokens) return decoded<Value, uint32_t>(values, masks, pairs, x, tokens, totals);
     return all_tokens(values, masks, pairs, x, tokens, totals);
   }
 #endif
