@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 
 from spinfer.checkpoint.header import TORCH_DTYPES
@@ -29,3 +31,18 @@ def storage_module(name: str) -> str | None:
 def safetensors_dtype(dtype: torch.dtype) -> str:
     """An element type as safetensors writes it."""
     return _DTYPES[dtype]
+
+
+def find_stored(name: str, stored: Container[str], known: Container[str]) -> str | None:
+    """The name in a checkpoint of what a model calls `name`; the base model's prefix (its first part) may be missing.
+
+    Args:
+        name: in the model.
+        stored: names in the checkpoint.
+        known: all such names of the model: one that the model itself has is no shortened form of another.
+    """
+    bare = name.partition(".")[2]
+    for candidate in (name, bare if bare not in known else ""):
+        if candidate and candidate in stored:
+            return candidate
+    return None
