@@ -85,7 +85,6 @@ class _Lines:
     def __init__(self, bar) -> None:  # type: ignore[no-untyped-def]
         self._bar = bar
         self._began = time.monotonic()
-        self._skipped: int | None = None
 
     def __call__(self, done: int, total: int, report: BlockReport) -> None:
         self._bar(done, total)

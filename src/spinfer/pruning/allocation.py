@@ -35,8 +35,8 @@ def owl_sparsities(
 ) -> list[float]:
     """Sparsity of each block: the more outliers, the less of it.
 
-    Densities lie linearly in the outlier shares over a range of `2 spread`, and are shifted so that the model as a whole
-    gets `sparsity`.
+    Densities lie linearly in the outlier shares over a range of `2 spread`, and are shifted so that the model as a
+    whole gets `sparsity`.
 
     Args:
         shares: `outlier_share` of each block.
@@ -53,7 +53,7 @@ def owl_sparsities(
     sparsities = [sparsity - a + mean for a in above]
     if not all(0 <= s < 1 for s in sparsities):
         raise SpinferError(
-            f"OWL at sparsity {sparsity} asks for {min(sparsities):.3f} to {max(sparsities):.3f} in the blocks, outside "
-            "[0, 1); use --allocation uniform"
+            f"OWL at sparsity {sparsity} asks for {min(sparsities):.3f} to {max(sparsities):.3f} in the blocks, "
+            "outside [0, 1); use --allocation uniform"
         )
     return sparsities

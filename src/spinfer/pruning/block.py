@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -51,20 +53,21 @@ def prune_matrices(
 def _check_reached(
     matrices: list[Matrix], groups: list[tuple[InputStatistics | None, list[Matrix]]], recipe: Recipe
 ) -> None:
-    """Raise where no token reached a Linear, or any of the experts in one parameter."""
+    """Raise where no token reached a Linear that is no expert, or any of the experts that are one parameter."""
     if recipe.method is Method.MAGNITUDE:
         return
-    reached = {_parameter(matrix) for statistics, group in groups if statistics is not None for matrix in group}
+    reached = {_layer(matrix) for statistics, group in groups if statistics is not None for matrix in group}
     for matrix in matrices:
-        if _parameter(matrix) not in reached:
+        if _layer(matrix) not in reached:
             raise SpinferError(
-                f"no calibration token reached {_parameter(matrix)}: the model does not apply it by "
+                f"no calibration token reached {_layer(matrix)}: the model does not apply it by "
                 "torch.nn.functional.linear; leave it out with --ignore"
             )
 
 
-def _parameter(matrix: Matrix) -> str:
-    return matrix.name.partition("[")[0]
+def _layer(matrix: Matrix) -> str:
+    """The module or parameter, whose experts stand for each other."""
+    return re.sub(r"\[\d+\]$|(?<=\.experts)\.\d+(?=\.)", "", matrix.name) if matrix.expert else matrix.name
 
 
 def _factor(matrix: Matrix, hessian: Tensor, recipe: Recipe) -> InverseFactor:
@@ -83,7 +86,7 @@ def _prune(
 ) -> MatrixReport:
     weight, method = matrix.weight, recipe.method
     if not bool(torch.isfinite(weight).all()):
-        raise SpinferError(f"{matrix.name} holds NaN or infinity; repair the model first, or leave it out with --ignore")
+        raise SpinferError(f"{matrix.name} holds NaN or infinity; repair the model, or leave it out with --ignore")
     if statistics is None or _starved(matrix, statistics):
         method = Method.MAGNITUDE
     zeros_before = int((weight == 0).sum())

@@ -10,7 +10,7 @@ from torch import Tensor
 from spinfer.errors import SpinferError
 
 DAMPING = 0.01
-"""Added to the diagonal, as a share of its mean. Source: Frantar and Alistarh, "SparseGPT" (2023), the authors' code."""
+"""Added to the diagonal, as a share of its mean. Source: the authors' code of SparseGPT (`percdamp`)."""
 
 _ATTEMPTS = 3
 """With 1, 10 and 100 times the damping; past that the added diagonal outweighs what was measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from spinfer.pruning.allocation import outlier_share, owl_sparsities
 from spinfer.pruning.block import prune_matrices
 from spinfer.pruning.observe import Matrix, Observer
 from spinfer.pruning.recipe import Allocation, Method, Recipe
-from spinfer.pruning.report import BlockReport
+from spinfer.pruning.report import BlockReport, MatrixReport
 from spinfer.pruning.wanda import wanda_scores
 
 Progress = Callable[[int, int, BlockReport], None]
@@ -63,7 +64,6 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-@torch.no_grad()
 def plan_sparsities(
     blocks: Blocks,
     recipe: Recipe,
@@ -84,23 +84,35 @@ def plan_sparsities(
     if recipe.allocation is Allocation.UNIFORM:
         return [recipe.sparsity] * len(blocks.names)
     assert activations is not None
+    shares, weights = outlier_shares(blocks, recipe.outlier_factor, activations, progress)
+    return owl_sparsities(shares, weights, recipe.sparsity, recipe.spread)
+
+
+@torch.no_grad()
+def outlier_shares(
+    blocks: Blocks,
+    factor: float,
+    activations: Activations,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[float], list[int]]:
+    """Run the dense model: each block's `outlier_share`, and how many weights it has; arguments as above."""
     hidden = list(activations.batches)
     shares, weights = [], []
     for index in range(len(blocks.names)):
         block, matrices = blocks.load(index)
         observer = Observer(matrices, hessian=False)
         for number, batch in enumerate(hidden):
-            hidden[number] = observer.run(lambda i=index, b=block, x=batch: activations.forward(i, b, x))  # type: ignore[misc]
+            hidden[number] = observer.run(partial(activations.forward, index, block, batch))
         scores = (
             wanda_scores(matrix.weight, torch.zeros((), device=matrix.weight.device) if seen is None else seen.norms)
             for seen, group in observer.groups(matrices)
             for matrix in group
         )
-        shares.append(outlier_share(scores, recipe.outlier_factor))
+        shares.append(outlier_share(scores, factor))
         weights.append(sum(matrix.weight.numel() for matrix in matrices))
         blocks.release(index)
         progress(index + 1, len(blocks.names))
-    return owl_sparsities(shares, weights, recipe.sparsity, recipe.spread)
+    return shares, weights
 
 
 @torch.no_grad()
@@ -150,12 +162,12 @@ def _prune_block(
     recipe: Recipe,
     sparsity: float,
     activations: Activations | None,
-) -> tuple[tuple, float | None]:  # type: ignore[type-arg]
+) -> tuple[tuple[MatrixReport, ...], float | None]:
     if activations is None:
         return prune_matrices(matrices, None, recipe, sparsity), None
     batches = activations.batches
     observer = Observer(matrices, hessian=recipe.method is Method.SPARSEGPT)
-    dense = [observer.run(lambda x=batch: activations.forward(index, block, x)) for batch in batches]  # type: ignore[misc]
+    dense = [observer.run(partial(activations.forward, index, block, batch)) for batch in batches]
     reports = prune_matrices(matrices, observer, recipe, sparsity)
     lost = added = 0.0
     for number, batch in enumerate(batches):

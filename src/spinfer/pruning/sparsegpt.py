@@ -65,8 +65,8 @@ def prune_sparsegpt_(
                 costs = _costs(part[group], upper[group, group], lost[group])
                 lost[group] |= outside_pattern(costs.t(), pattern).t()
                 scale[group] = lost[group] / upper.diagonal()[group, None]
-            error = torch.mul(part[column], scale[column], out=errors[column])
-            part[column + 1 :].addr_(upper[column, column + 1 :], error, alpha=-1)
+            torch.mul(part[column], scale[column], out=errors[column])
+            part[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
         part.masked_fill_(lost, 0)
         work[end:].addmm_(inverse.upper[begin:end, end:].t(), errors, alpha=-1)
     if not bool(torch.isfinite(work).all()):

@@ -84,13 +84,12 @@ class RecordedActivations:
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @torch.no_grad()
-def record(
-    model: PreTrainedModel, blocks: DecoderBlocks, samples: Tensor, device: torch.device
-) -> RecordedActivations:
+def record(model: PreTrainedModel, blocks: DecoderBlocks, samples: Tensor, device: torch.device) -> RecordedActivations:
     """Run a model up to its first block and note what it would call each block with; no block runs.
 
     Args:
@@ -129,7 +128,7 @@ def record(
 
 def _unsupported(model: PreTrainedModel, reason: str) -> SpinferError:
     return SpinferError(
-        f"{type(model).__name__} cannot be pruned a block at a time: {reason}; `--method magnitude` needs no calibration"
+        f"{type(model).__name__} cannot be calibrated a block at a time: {reason}; magnitude needs no calibration"
     )
 
 
@@ -198,9 +197,7 @@ def _replaced(blocks: DecoderBlocks, trace: _Trace) -> Iterator[None]:
             blocks.modules[index] = block
 
 
-def _trace(
-    model: PreTrainedModel, blocks: DecoderBlocks, batch: Tensor, as_tuple: bool
-) -> tuple[Tensor, list[_Call]]:
+def _trace(model: PreTrainedModel, blocks: DecoderBlocks, batch: Tensor, as_tuple: bool) -> tuple[Tensor, list[_Call]]:
     trace = _Trace(len(blocks.modules), as_tuple)
     try:
         with _replaced(blocks, trace):

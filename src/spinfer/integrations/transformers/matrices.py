@@ -87,9 +87,7 @@ def _block_of(name: str, blocks: DecoderBlocks) -> int | None:
 def _fused_experts(model: nn.Module) -> list[str]:
     """Parameters that hold all experts of a layer in one tensor, as transformers 5 does."""
     return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and name.split(".")[-2] == _EXPERTS
+        name for name, parameter in model.named_parameters() if parameter.dim() == 3 and name.split(".")[-2] == _EXPERTS
     ]
 
 

@@ -1,4 +1,4 @@
-"""Prune a model directory into another: one block in memory at a time, going on where an earlier run was interrupted."""
+"""Prune a model directory into another: one block in memory at a time, and going on after an interruption."""
 
 from __future__ import annotations
 
@@ -228,21 +228,20 @@ def _write(
     original = source / CARD_NAME
     card = pruned_card(source.resolve().name, report, original.read_text("utf-8") if original.is_file() else "")
     dense = work.path / f"{source.resolve().name}-pruned" if compress else output
-    rewrite_checkpoint(
-        source,
-        dense,
-        streamed.source,
-        {
-            streamed.stored_name(name): partial(work.tensor, index, name)
-            for index, names in enumerate(chosen.parameters)
-            for name in names
-        },
-        config={**streamed.config, RECIPE_KEY: report.summary()},
-        card=card,
-        max_shard_nbytes=max_shard_nbytes,
-    )
+    if not (compress and dense.exists()):  # an earlier run may have come as far as that
+        rewrite_checkpoint(
+            source,
+            dense,
+            streamed.source,
+            {
+                streamed.stored_name(name): partial(work.tensor, index, name)
+                for index, names in enumerate(chosen.parameters)
+                for name in names
+            },
+            config={**streamed.config, RECIPE_KEY: report.summary()},
+            card=card,
+            max_shard_nbytes=max_shard_nbytes,
+        )
     if compress:
         found = linear_modules(streamed.model)
-        compress_checkpoint(
-            dense, output, linears=found.linears, dense=found.dense, max_shard_nbytes=max_shard_nbytes
-        )
+        compress_checkpoint(dense, output, linears=found.linears, dense=found.dense, max_shard_nbytes=max_shard_nbytes)

@@ -73,7 +73,7 @@ def prune(
     method: str = "sparsegpt",
     sparsity: float | None = None,
     pattern: str | None = None,
-    allocation: str | Sequence[float] = "uniform",
+    allocation: str = "uniform",
     ignore: Sequence[str] = (),
     device: str | torch.device | None = None,
     progress: Progress = lambda done, total, report: None,
@@ -84,10 +84,10 @@ def prune(
         model: a decoder-only language model of transformers, with its weights loaded.
         samples: calibration token ids, int64 [samples, tokens]; see `spinfer.pruning.sample_tokens`. Magnitude with
             uniform allocation needs none.
-        method: "magnitude" (compared within each matrix), "wanda" (within each row) or "sparsegpt" (within 128 columns).
+        method: "magnitude" (compares within each matrix), "wanda" (within each row), "sparsegpt" (within 128 columns).
         sparsity: share of zeros, in [0, 1); one half by default.
         pattern: "N:M", at most N nonzeros in every M weights of a row, instead.
-        allocation: "uniform"; "owl", fewer zeros in blocks with many outliers; or the sparsity of each block.
+        allocation: "uniform", or "owl": fewer zeros in blocks with many outliers.
         ignore: patterns of module names to leave alone (`*.down_proj`, or `re:` and a regular expression).
         device: where each block is computed; by default where it is.
         progress: called with (blocks done, blocks, report of the last) after each.
@@ -98,20 +98,12 @@ def prune(
             about have been pruned by then.
     """
     began = time.monotonic()
-    explicit = None if isinstance(allocation, str) else [float(share) for share in allocation]
-    recipe = Recipe.of(
-        method=method,
-        sparsity=sparsity,
-        pattern=pattern,
-        allocation="uniform" if explicit is not None else str(allocation),
-    )
+    recipe = Recipe.of(method=method, sparsity=sparsity, pattern=pattern, allocation=allocation)
     if getattr(model, "hf_quantizer", None) is not None:
         raise SpinferError("the model is quantised or compressed; prune the dense one")
     blocks = decoder_blocks(model)
     chosen = targets(model, blocks, ignore)
     check_calibration(recipe, samples, model)
-    if explicit is not None and (len(explicit) != len(blocks.names) or not all(0 <= s < 1 for s in explicit)):
-        raise SpinferError(f"allocation must give a sparsity in [0, 1) for each of the {len(blocks.names)} blocks")
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise SpinferError("some weights of the model are offloaded or not loaded; load it onto one device")
     where = torch.device(device) if device is not None else next(blocks.modules.parameters()).device
@@ -120,7 +112,7 @@ def prune(
         if samples is not None:
             activations = record(model, blocks, samples.to(model.get_input_embeddings().weight.device), where)
         loaded = LoadedBlocks(model, blocks, chosen, where)
-        sparsities = explicit or plan_sparsities(loaded, recipe, activations)
+        sparsities = plan_sparsities(loaded, recipe, activations)
         reports = prune_blocks(loaded, recipe, sparsities, activations, progress)
     report = PruningReport(
         recipe=recipe.to_dict(),
@@ -152,7 +144,7 @@ def check_calibration(recipe: Recipe, samples: Tensor | None, model: PreTrainedM
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and samples.shape[1] > longest:
         raise SpinferError(f"samples of {samples.shape[1]} tokens are longer than the model's limit of {longest}")
-    if not (0 <= int(samples.min()) and int(samples.max()) < config.vocab_size):
+    if not (int(samples.min()) >= 0 and int(samples.max()) < config.vocab_size):
         raise SpinferError(f"samples hold token ids outside the model's vocabulary of {config.vocab_size}")
 
 

@@ -52,9 +52,9 @@ class StreamedModel:
         name = find_stored(parameter, self.source.tensors, self._known)
         if name is None:
             raise CheckpointError(
-                f"{self.directory} does not hold {parameter!r} as one tensor of that name; transformers puts it together "
-                "when it loads the model (mixtures of experts, older names). Load the model with from_pretrained, prune "
-                "it with spinfer.prune(model, samples) and save it with save_pretrained"
+                f"{self.directory} does not hold {parameter!r} as one tensor of that name; transformers makes it when "
+                "it loads the model (mixtures of experts, older names). Load the model with from_pretrained, prune it "
+                "with spinfer.prune(model, samples) and save it with save_pretrained"
             )
         info, shape = self.source.tensors[name], self._shape(parameter)
         if info.shape != shape:
@@ -72,7 +72,7 @@ class StreamedModel:
         """
         info = self.source.tensors[self.stored_name(parameter)]
         dtype = TORCH_DTYPES.get(info.dtype)
-        if dtype not in VALUE_DTYPES.values():
+        if dtype is None or dtype not in VALUE_DTYPES.values():
             raise CheckpointError(f"{info}: weights of {info.dtype} cannot be pruned; convert them to 16 bits first")
         return dtype
 
