@@ -76,7 +76,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return found | {name: version(name) for name in ("spinfer", "torch", "transformers")}
+    return found | {"spinfer": spinfer.__version__} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def processor() -> str:

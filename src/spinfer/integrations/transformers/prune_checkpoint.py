@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,6 @@ def prune_checkpoint(
         "ignore": list(ignore),
         "model": _fingerprint(streamed),
         "samples": None if samples is None else digest(samples),
-        "spinfer": version("spinfer"),
     }
     with workspace(output, task) as work, calibrating(streamed.model):
         pieces = StreamedBlocks(streamed, blocks, chosen, work, where)
