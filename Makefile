@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test test-native quality bench-cpu bench-gpu readme clean
+.PHONY: demo test test-native quality bench-cpu bench-gpu bench-pruning readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ bench-cpu: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(PY) -m pip install --quiet --editable '.[cuda]'
 	$(PY) -m spinfer.bench.kernel --out build/bench-gpu.json
+
+bench-pruning: $(VENV)/.installed
+	$(PY) benchmarks/pruning.py grid --out build/pruning.json
+	$(PY) benchmarks/pruning.py plot build/pruning.json
 
 readme: $(VENV)/.installed
 	$(PY) benchmarks/readme.py

@@ -18,10 +18,6 @@ from typing import Any
 import torch
 from fetch import fetch_model, fetch_text
 from table import table
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from spinfer.model import linear_modules
-from spinfer.pruning import prune_magnitude_
 
 PROMPT = "Give me three reasons to visit Norway."
 
@@ -34,17 +30,6 @@ def spinfer(*arguments: str | Path, capture: bool = False) -> Any:
     return json.loads(done.stdout) if capture else None
 
 
-def prune(dense: Path, output: Path, sparsity: float) -> None:
-    """Magnitude-prune every Linear but the output embedding."""
-    print(f"\npruning {sparsity:.0%} of each Linear by magnitude", file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-    for name in linear_modules(model).linears:
-        prune_magnitude_(model.get_submodule(name).weight, sparsity)
-    shutil.rmtree(output, ignore_errors=True)
-    model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(dense).save_pretrained(output)
-
-
 def weights_nbytes(folder: Path) -> int:
     """Bytes of a directory's weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -55,6 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".demo"))
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt"), default="sparsegpt")
+    parser.add_argument("--num-samples", type=int, default=16, help="of calibration; more take longer and prune better")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens of each")
     parser.add_argument("--eval-tokens", type=int, default=8192)
     parser.add_argument("--output", type=Path, help="also write the result here, as JSON")
     arguments = parser.parse_args()
@@ -62,11 +50,13 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
 
     dense = fetch_model(folder)
-    _, text = fetch_text(folder)
+    calibration, text = fetch_text(folder)
     pruned, compressed = folder / "smollm2-135m-pruned", folder / "smollm2-135m-spinfer"
-    prune(dense, pruned, arguments.sparsity)
-
-    shutil.rmtree(compressed, ignore_errors=True)
+    for path in (pruned, compressed):
+        shutil.rmtree(path, ignore_errors=True)
+    sampling = ["--num-samples", arguments.num_samples, "--sequence-length", arguments.sequence_length]
+    choice = ["--method", arguments.method, "--sparsity", arguments.sparsity, "--calibration", calibration]
+    pruning = spinfer("prune", dense, "-o", pruned, *choice, *sampling, "--json", capture=True)
     spinfer("compress", pruned, "-o", compressed)
     report = spinfer("inspect", compressed, "--json", capture=True)
     spinfer("generate", compressed, "--prompt", PROMPT, "--max-tokens", "48")
@@ -80,7 +70,9 @@ def main() -> None:
     result = {
         "model": "SmolLM2-135M-Instruct",
         "sparsity": arguments.sparsity,
-        "method": "magnitude",
+        "method": arguments.method,
+        "calibration": {"num_samples": arguments.num_samples, "sequence_length": arguments.sequence_length},
+        "pruning_seconds": pruning["seconds"],
         "evaluated_tokens": dense_result["tokens"],
         "device": bench["device"],
         "processor": processor(),

@@ -20,7 +20,7 @@ from spinfer.checkpoint.output import refuse_existing, writing
 from spinfer.checkpoint.writer import write_json
 from spinfer.errors import CheckpointError, OutputError
 
-_TASK_NAME = "task.json"
+_TASK = "task"
 _REPORT = "report"
 
 
@@ -29,13 +29,11 @@ class Workspace:
 
     Attributes:
         path: of the directory.
-        resumed: whether an earlier run left parts or notes.
     """
 
-    def __init__(self, path: Path, *, resumed: bool) -> None:
+    def __init__(self, path: Path) -> None:
         """Use `workspace` to make one."""
         self.path = path
-        self.resumed = resumed
 
     def _part(self, number: int) -> Path:
         return self.path / f"part-{number:05d}.safetensors"
@@ -68,11 +66,6 @@ class Workspace:
             return None
         with self._open(number) as file:
             return parse_json_object((file.metadata() or {}).get(_REPORT, "").encode(), str(self._part(number)))
-
-    def tensor_names(self, number: int) -> list[str]:
-        """Of a part that is finished."""
-        with self._open(number) as file:
-            return list(file.keys())
 
     def tensor(self, number: int, name: str) -> Tensor:
         """One tensor of a part that is finished."""
@@ -120,7 +113,6 @@ def workspace(output: Path, task: Mapping[str, Any]) -> Iterator[Workspace]:
     refuse_existing(output)
     path = output.parent / f".{output.name}.work"
     with writing(path):
-        resumed = path.exists()
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -128,18 +120,16 @@ def workspace(output: Path, task: Mapping[str, Any]) -> Iterator[Workspace]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"{output} is being written by another run; wait for it") from None
-        known = json.loads(json.dumps(task))
-        if (path / _TASK_NAME).exists():
-            before = read_json_object(path / _TASK_NAME)
+        work = Workspace(path)
+        known, before = json.loads(json.dumps(task)), work.notes(_TASK)
+        if before is None:
+            work.note(_TASK, known)
+        elif before != known:
             differing = sorted(key for key in before.keys() | known.keys() if before.get(key) != known.get(key))
-            if differing:
-                raise CheckpointError(
-                    f"{path} holds the beginning of another run ({', '.join(differing)} differ); finish that with its "
-                    "options, or remove the directory to start anew"
-                )
-        else:
-            resumed = False
-            write_json(path / _TASK_NAME, known)
-        yield Workspace(path, resumed=resumed)
+            raise CheckpointError(
+                f"{path} holds the beginning of another run ({', '.join(differing)} differ); finish that with its "
+                "options, or remove the directory to start anew"
+            )
+        yield work
     finally:
         os.close(lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,7 @@ def prune(
 class _Lines:
     """A line a block on stderr, with the time that is left."""
 
-    def __init__(self, bar) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, bar: Callable[[int, int], None]) -> None:
         self._bar = bar
         self._began = time.monotonic()
 

@@ -140,16 +140,18 @@ def prune_blocks(
         for index, name in enumerate(blocks.names):
             began = time.monotonic()
             report = blocks.finished(index)
-            if report is None:
-                block, matrices = blocks.load(index)
-                pruned, error = _prune_block(index, block, matrices, recipe, sparsities[index], activations)
-                report = BlockReport(name, sparsities[index], pruned, error, time.monotonic() - began)
-                blocks.save(index, matrices, report)
-            elif activations is not None:
-                block, _ = blocks.load(index)
-                for number, batch in enumerate(activations.batches):
-                    activations.batches[number] = activations.forward(index, block, batch)
-            blocks.release(index)
+            try:
+                if report is None:
+                    block, matrices = blocks.load(index)
+                    pruned, error = _prune_block(index, block, matrices, recipe, sparsities[index], activations)
+                    report = BlockReport(name, sparsities[index], pruned, error, time.monotonic() - began)
+                    blocks.save(index, matrices, report)
+                elif activations is not None:
+                    block, _ = blocks.load(index)
+                    for number, batch in enumerate(activations.batches):
+                        activations.batches[number] = activations.forward(index, block, batch)
+            finally:
+                blocks.release(index)
             reports.append(report)
             progress(index + 1, len(blocks.names), report)
     return reports

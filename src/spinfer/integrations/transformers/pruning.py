@@ -104,8 +104,12 @@ def prune(
     blocks = decoder_blocks(model)
     chosen = targets(model, blocks, ignore)
     check_calibration(recipe, samples, model)
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise SpinferError("some weights of the model are offloaded or not loaded; load it onto one device")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise SpinferError(
+            f"the model's weights are on {', '.join(sorted(map(str, devices)))}; load it onto one device (the CPU, "
+            "where it is large) and choose where blocks are computed by `device`"
+        )
     where = torch.device(device) if device is not None else next(blocks.modules.parameters()).device
     with calibrating(model):
         activations = None

@@ -27,7 +27,7 @@ class StreamedModel:
         config: config.json, without an entry on compression.
         source: its tensors.
         model: the modules; buffers that are computed are in place, parameters are on the meta device.
-        dtype: that it is computed in; set by `compute_in`.
+        dtype: that it is computed in; float32 until the caller chooses another.
     """
 
     def __init__(self, directory: Path) -> None:
