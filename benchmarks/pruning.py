@@ -56,7 +56,6 @@ LLAMA_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "max_position_embeddings": 8192,
-    "rope_theta": 500_000.0,
     "tie_word_embeddings": False,
 }
 LLAMA_8B_BLOCKS = 32
@@ -231,6 +230,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ylim=(0.9 * result["references"][0]["perplexity"], 20 * result["references"][0]["perplexity"]),
         title=f"{result['model']}, {result['evaluated_tokens']:,} tokens of held-out text",
     )
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})

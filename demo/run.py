@@ -19,7 +19,7 @@ import torch
 from fetch import fetch_model, fetch_text
 from table import table
 
-PROMPT = "Give me three reasons to visit Norway."
+PROMPT = "Norway is a country in"
 
 
 def spinfer(*arguments: str | Path, capture: bool = False) -> Any:
@@ -59,7 +59,7 @@ def main() -> None:
     pruning = spinfer("prune", dense, "-o", pruned, *choice, *sampling, "--json", capture=True)
     spinfer("compress", pruned, "-o", compressed)
     report = spinfer("inspect", compressed, "--json", capture=True)
-    spinfer("generate", compressed, "--prompt", PROMPT, "--max-tokens", "48")
+    spinfer("generate", compressed, "--raw", "--prompt", PROMPT, "--max-tokens", "48")
     # In fp32 the compressed and the pruned model, which hold the same numbers, also compute the same ones.
     evaluation = ["--text", text, "--max-tokens", arguments.eval_tokens, "--dtype", "float32", "--json"]
     dense_result = spinfer("eval", dense, *evaluation, capture=True)

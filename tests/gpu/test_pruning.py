@@ -42,7 +42,7 @@ def test_one_matrix(pattern: Pattern | None, dtype: torch.dtype) -> None:
 
     for ours, expected in zip(pruned("cuda"), pruned("cpu"), strict=True):
         assert ((ours.cpu() == 0) == (expected == 0)).float().mean() > 0.999
-        assert (ours.cpu().float() - expected.float()).norm() < 0.02 * expected.float().norm()
+        assert (ours.cpu().float() - expected.float()).norm() < 0.05 * expected.float().norm()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "bloom"])
