@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -77,6 +78,7 @@ def main() -> None:
         "device": bench["device"],
         "processor": processor(),
         "threads": bench["threads"],
+        "load_average_5_minutes": os.getloadavg()[1],
         "versions": {name: bench[name] for name in ("spinfer", "torch", "transformers")},
         "rows": [
             row("dense", dense, dense_result, None, 8.0 * torch.bfloat16.itemsize),
