@@ -74,7 +74,8 @@ class RecordedActivations:
 
     def to(self, device: torch.device) -> RecordedActivations:
         """The same on another device."""
-        calls = {samples: [_moved(call, device) for call in made] for samples, made in self._calls.items()}
+        moved: dict[int, Tensor] = {}
+        calls = {samples: [_moved(call, device, moved) for call in made] for samples, made in self._calls.items()}
         return RecordedActivations([batch.to(device) for batch in self.batches], calls)
 
     def forward(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -229,15 +230,18 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | Tensor)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """To a device; a mask that all blocks share is moved once (`moved` has the copy by the original's id)."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
     if isinstance(value, _Call):
-        return _Call(_moved(value.args, device), _moved(value.kwargs, device))
+        return _Call(_moved(value.args, device, moved), _moved(value.kwargs, device, moved))
     if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_moved(item, device, moved) for item in value)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _moved(item, device, moved) for key, item in value.items()}
     return value
 
 
