@@ -20,6 +20,8 @@ from table import table  # noqa: E402  (the demo's own)
 CPU = RESULTS / "cpu" / "xeon-emerald-rapids-2-cores"
 DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
 PRUNING = RESULTS / "h100" / "pruning.json"
+PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
+PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 
 
 def linked(text: str, file: Path) -> str:
@@ -149,6 +151,40 @@ def verdict(result: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def cost() -> str:
+    """Time and memory of pruning."""
+    lines = [
+        "| what | on | wall minutes | CPU minutes | peak memory |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    files = []
+    if PRUNING_SPEED.exists():
+        files.append(PRUNING_SPEED)
+        run = json.loads(PRUNING_SPEED.read_text())
+        busy = ", busy with other work" if run["load_average_at_start"] > run["threads"] else ""
+        what = (
+            f"{run['model']}, {run['method']} {run['sparsity']:.0%}, {run['num_samples']} x {run['sequence_length']:,}"
+        )
+        cells = (f"{run['seconds'] / 60:.1f}", f"{run['user_seconds'] / 60:.1f}")
+        memory = f"{run['peak_resident_nbytes'] / 1e9:.2f} GB resident"
+        lines.append(f"| {what} tokens | {run['device']}{busy} | {' | '.join(cells)} | {memory} |")
+    if PRUNING_8B.exists():
+        files.append(PRUNING_8B)
+        run = json.loads(PRUNING_8B.read_text())
+        what = (
+            f"{run['model']}, {run['method']} {run['sparsity']:.0%}, {run['num_samples']} x {run['sequence_length']:,}"
+        )
+        wall = (
+            f"{run['seconds'] / 60:.1f}; all 32 blocks, estimated: {run['seconds_for_all_blocks_estimated'] / 60:.1f}"
+        )
+        memory = f"{run['peak_gpu_reserved_nbytes'] / 1e9:.1f} GB of GPU memory"
+        lines.append(f"| {what} tokens | {run['device']} | {wall} | | {memory} |")
+    if not files:
+        return "Not measured yet: `python benchmarks/pruning.py speed`, `large`."
+    sources = ", ".join(f"[{name}]({name})" for name in (file.relative_to(ROOT).as_posix() for file in files))
+    return "\n".join(lines) + f"\n\nFrom {sources}."
+
+
 def useful() -> str:
     """The README's line on what pruning costs."""
     if PRUNING.exists():
@@ -164,7 +200,7 @@ def useful() -> str:
 
 BLOCKS = {
     "README.md": {"demo": demo, "pruning": useful, "cpu": cpu, "decode": decode, "h100": h100},
-    "docs/pruning.md": {"pruning": pruning},
+    "docs/pruning.md": {"pruning": pruning, "cost": cost},
 }
 
 
