@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CODE := src tests demo benchmarks
 
-.PHONY: demo test test-native test-aarch64 test-cuda-compile quality bench-cpu bench-gpu readme clean
+.PHONY: demo test test-native test-aarch64 test-cuda-compile quality bench-cpu bench-gpu bench-pruning readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -49,6 +49,10 @@ bench-cpu: $(VENV)/.installed
 bench-gpu: $(VENV)/.cuda
 	$(PY) -m spinfer.bench.kernel_sweep --out build/bench-gpu/kernel.json
 	$(PY) -m spinfer.bench.kernel_report build/bench-gpu/kernel.json
+
+bench-pruning: $(VENV)/.installed
+	$(PY) benchmarks/pruning.py grid --out build/pruning.json
+	$(PY) benchmarks/pruning.py plot build/pruning.json
 
 readme: $(VENV)/.installed
 	$(PY) benchmarks/readme.py

@@ -1,4 +1,4 @@
-"""Fill the README's marked blocks from the committed results, so that no figure there is typed by hand.
+"""Fill the documents' marked blocks from the committed results, so that no figure there is typed by hand.
 
 A block stands between `<!-- NAME -->` and `<!-- /NAME -->`. Tables and plots of the GPU results are written beside
 them. `--check` fails when any of it is not what the results say.
@@ -10,6 +10,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,6 +25,10 @@ GPU_RESULTS = [file for name in ("h100", "h200") if (file := RESULTS / name / "k
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 CPUS = {CPU: "2 cores of an Emerald Rapids Xeon", RESULTS / "cpu" / "epyc-zen4-2-cores": "2 cores of a Zen 4 EPYC"}
 """Machines, each shown where its results hold all that the table needs."""
+DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
+PRUNING = RESULTS / "h100" / "pruning.json"
+PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
+PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 
 
 def linked(text: str, file: Path) -> str:
@@ -34,9 +39,8 @@ def linked(text: str, file: Path) -> str:
 
 def demo() -> str:
     """The demo's table."""
-    file = CPU / "demo.json"
-    result = json.loads(file.read_text())
-    return linked(f"{table(result)}\n\n{result['processor']}, torch {result['versions']['torch']}.", file)
+    result = json.loads(DEMO.read_text())
+    return linked(f"{table(result)}\n\n{result['processor']}, torch {result['versions']['torch']}.", DEMO)
 
 
 def gpu() -> str:
@@ -108,18 +112,124 @@ def decode() -> str:
     return "\n\n".join(parts)
 
 
-BLOCKS = {"demo": demo, "cpu": cpu, "decode": decode, "gpu": gpu}
+def pruning() -> str:
+    """Perplexity of every method, allocation and sparsity, and what it means."""
+    if not PRUNING.exists():
+        return f"Not measured yet: `python benchmarks/pruning.py grid --out {PRUNING.relative_to(ROOT).as_posix()}`."
+    result = json.loads(PRUNING.read_text())
+    columns = list(dict.fromkeys((row["method"], row["allocation"]) for row in result["rows"]))
+    at = {(row["method"], row["allocation"], row["sparsity"]): row for row in result["rows"]}
+    lines = [
+        f"| sparsity | bits a weight | {' | '.join(f'{method}, {allocation}' for method, allocation in columns)} |",
+        f"| --- | ---: | {' | '.join('---:' for _ in columns)} |",
+    ]
+    sparsities = sorted({row["sparsity"] for row in result["rows"]})
+    for sparsity in sparsities:
+        rows = [at[method, allocation, sparsity] for method, allocation in columns]
+        cells = " | ".join(f"{row['perplexity']:,.1f}" for row in rows)
+        lines.append(f"| {sparsity:.0%} | {rows[0]['bits_per_weight']:.1f} | {cells} |")
+    for point in result["references"]:
+        cells = f"| {point['name']} | {point['bits_per_weight']:.2f} | {point['perplexity']:,.1f} |"
+        lines.append(cells + " |" * (len(columns) - 1))
+    calibration = f"{result['num_samples']} samples of {result['sequence_length']:,} tokens"
+    text = (
+        f"{result['model']}, whose weights its packager had rounded to 4 bits; perplexity of "
+        f"{result['evaluated_tokens']:,} tokens of Wikipedia articles that calibration ({calibration}) did not see."
+    )
+    plot = PRUNING.with_suffix(".svg").relative_to(ROOT).as_posix()
+    picture = f"![Perplexity against bits a weight]({plot})"
+    return linked("\n".join([text, "", *lines, "", verdict(result), "", picture]), PRUNING)
 
 
-def filled(readme: str) -> str:
-    """The README with every block made anew."""
-    for name, make in BLOCKS.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if begin not in readme or end not in readme:
-            raise SystemExit(f"README.md has no block {name!r}")
-        before, _, rest = readme.partition(begin)
-        readme = before + begin + make() + "\n" + end + rest.partition(end)[2]
-    return readme
+def verdict(result: dict[str, Any]) -> str:
+    """Where pruning stops being useful, by the figures."""
+    dense = result["references"][0]["perplexity"]
+    best = {}
+    for row in sorted(result["rows"], key=lambda row: -row["perplexity"]):
+        best[row["sparsity"]] = row
+    told = [
+        f"{sparsity:.0%}: {row['perplexity'] / dense:.2f}x ({row['method']}, {row['allocation']})"
+        for sparsity, row in sorted(best.items())
+    ]
+    sentences = [f"The best at each sparsity, over the dense model's perplexity: {'; '.join(told)}."]
+    doubled = [sparsity for sparsity, row in sorted(best.items()) if row["perplexity"] > 2 * dense]
+    if doubled:
+        sentences.append(f"From {doubled[0]:.0%} on no method keeps it below twice the dense model's.")
+    for point in result["references"][1:]:
+        beaten = sum(
+            point["bits_per_weight"] <= row["bits_per_weight"] and point["perplexity"] <= row["perplexity"]
+            for row in result["rows"]
+        )
+        sentences.append(
+            f"The model {point['name']} ({point['bits_per_weight']:.2f} with scales) is both smaller and better than "
+            f"{beaten} of the {len(result['rows'])} pruned ones."
+        )
+    return " ".join(sentences)
+
+
+def cost() -> str:
+    """Time and memory of pruning."""
+    lines = [
+        "| what | on | wall minutes | CPU minutes | peak memory |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    files = []
+    if PRUNING_SPEED.exists():
+        files.append(PRUNING_SPEED)
+        run = json.loads(PRUNING_SPEED.read_text())
+        busy = ", busy with other work" if run["load_average_at_start"] > run["threads"] else ""
+        what = (
+            f"{run['model']}, {run['method']} {run['sparsity']:.0%}, {run['num_samples']} x {run['sequence_length']:,}"
+        )
+        cells = (f"{run['seconds'] / 60:.1f}", f"{run['user_seconds'] / 60:.1f}")
+        memory = f"{run['peak_resident_nbytes'] / 1e9:.2f} GB resident"
+        lines.append(f"| {what} tokens | {run['device']}{busy} | {' | '.join(cells)} | {memory} |")
+    if PRUNING_8B.exists():
+        files.append(PRUNING_8B)
+        run = json.loads(PRUNING_8B.read_text())
+        what = (
+            f"{run['model']}, {run['method']} {run['sparsity']:.0%}, {run['num_samples']} x {run['sequence_length']:,}"
+        )
+        wall = (
+            f"{run['seconds'] / 60:.1f}; all 32 blocks, estimated: {run['seconds_for_all_blocks_estimated'] / 60:.1f}"
+        )
+        memory = f"{run['peak_gpu_reserved_nbytes'] / 1e9:.1f} GB of GPU memory"
+        lines.append(f"| {what} tokens | {run['device']} | {wall} | | {memory} |")
+    if not files:
+        return "Not measured yet: `python benchmarks/pruning.py speed`, `large`."
+    sources = ", ".join(f"[{name}]({name})" for name in (file.relative_to(ROOT).as_posix() for file in files))
+    return "\n".join(lines) + f"\n\nFrom {sources}."
+
+
+def useful() -> str:
+    """The README's line on what pruning costs."""
+    if PRUNING.exists():
+        return linked(verdict(json.loads(PRUNING.read_text())), PRUNING)
+    result = json.loads(DEMO.read_text())
+    dense, pruned = (row["perplexity"] for row in result["rows"][:2])
+    text = (
+        f"In the demo's model, {result['sparsity']:.0%} zeros by {result['method']} multiply the perplexity by "
+        f"{pruned / dense:.2f}: already past what most uses bear."
+    )
+    return linked(text, DEMO)
+
+
+BLOCKS = {
+    "README.md": {"demo": demo, "pruning": useful, "cpu": cpu, "decode": decode, "gpu": gpu},
+    "docs/pruning.md": {"pruning": pruning, "cost": cost},
+}
+
+
+def filled(name: str, text: str) -> str:
+    """A document with every block made anew."""
+    for block, make in BLOCKS[name].items():
+        begin, end = f"<!-- {block} -->\n", f"<!-- /{block} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"{name} has no block {block!r}")
+        before, _, rest = text.partition(begin)
+        made = make().replace("](benchmarks/", f"]({'../' * name.count('/')}benchmarks/")
+        text = before + begin + made + "\n" + end + rest.partition(end)[2]
+    return text
 
 
 def stale() -> list[Path]:
@@ -137,15 +247,20 @@ def stale() -> list[Path]:
 
 def main() -> None:
     """Write, or check."""
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv[1:]:
-        wrong = [path.relative_to(ROOT) for path in [path] * (before != after) + stale()]
-        if wrong:
-            raise SystemExit(f"not what benchmarks/results say: {', '.join(map(str, wrong))}; run `make readme`")
-    else:
-        path.write_text(after, encoding="utf-8")
+    checking = "--check" in sys.argv[1:]
+    wrong = stale() if checking else []
+    for name in BLOCKS:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = filled(name, before)
+        if not checking:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            wrong.append(path)
+    if wrong:
+        files = ", ".join(path.relative_to(ROOT).as_posix() for path in wrong)
+        raise SystemExit(f"not what benchmarks/results say: {files}; run `make readme`")
+    if not checking:
         for sweep in map(Sweep, GPU_RESULTS):
             write(sweep)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -18,12 +19,8 @@ from typing import Any
 import torch
 from fetch import fetch_model, fetch_text
 from table import table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spinfer.model import linear_modules
-from spinfer.pruning import prune_magnitude_
-
-PROMPT = "Give me three reasons to visit Norway."
+PROMPT = "Norway is a country in"
 
 
 def spinfer(*arguments: str | Path, capture: bool = False) -> Any:
@@ -32,17 +29,6 @@ def spinfer(*arguments: str | Path, capture: bool = False) -> Any:
     print(f"\n$ spinfer {shlex.join(command[3:])}", file=sys.stderr)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE if capture else None)
     return json.loads(done.stdout) if capture else None
-
-
-def prune(dense: Path, output: Path, sparsity: float) -> None:
-    """Magnitude-prune every Linear but the output embedding."""
-    print(f"\npruning {sparsity:.0%} of each Linear by magnitude", file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-    for name in linear_modules(model).linears:
-        prune_magnitude_(model.get_submodule(name).weight, sparsity)
-    shutil.rmtree(output, ignore_errors=True)
-    model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(dense).save_pretrained(output)
 
 
 def weights_nbytes(folder: Path) -> int:
@@ -55,6 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".demo"))
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt"), default="sparsegpt")
+    parser.add_argument("--num-samples", type=int, default=16, help="of calibration; more take longer and prune better")
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens of each")
     parser.add_argument("--eval-tokens", type=int, default=8192)
     parser.add_argument("--output", type=Path, help="also write the result here, as JSON")
     arguments = parser.parse_args()
@@ -62,14 +51,16 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
 
     dense = fetch_model(folder)
-    _, text = fetch_text(folder)
+    calibration, text = fetch_text(folder)
     pruned, compressed = folder / "smollm2-135m-pruned", folder / "smollm2-135m-spinfer"
-    prune(dense, pruned, arguments.sparsity)
-
-    shutil.rmtree(compressed, ignore_errors=True)
+    for path in (pruned, compressed):
+        shutil.rmtree(path, ignore_errors=True)
+    sampling = ["--num-samples", arguments.num_samples, "--sequence-length", arguments.sequence_length]
+    choice = ["--method", arguments.method, "--sparsity", arguments.sparsity, "--calibration", calibration]
+    pruning = spinfer("prune", dense, "-o", pruned, *choice, *sampling, "--json", capture=True)
     spinfer("compress", pruned, "-o", compressed)
     report = spinfer("inspect", compressed, "--json", capture=True)
-    spinfer("generate", compressed, "--prompt", PROMPT, "--max-tokens", "48")
+    spinfer("generate", compressed, "--raw", "--prompt", PROMPT, "--max-tokens", "48")
     # In fp32 the compressed and the pruned model, which hold the same numbers, also compute the same ones.
     evaluation = ["--text", text, "--max-tokens", arguments.eval_tokens, "--dtype", "float32", "--json"]
     dense_result = spinfer("eval", dense, *evaluation, capture=True)
@@ -80,11 +71,14 @@ def main() -> None:
     result = {
         "model": "SmolLM2-135M-Instruct",
         "sparsity": arguments.sparsity,
-        "method": "magnitude",
+        "method": arguments.method,
+        "calibration": {"num_samples": arguments.num_samples, "sequence_length": arguments.sequence_length},
+        "pruning_seconds": pruning["seconds"],
         "evaluated_tokens": dense_result["tokens"],
         "device": bench["device"],
         "processor": processor(),
         "threads": bench["threads"],
+        "load_average_5_minutes": os.getloadavg()[1],
         "versions": {name: bench[name] for name in ("spinfer", "torch", "transformers")},
         "rows": [
             row("dense", dense, dense_result, None, 8.0 * torch.bfloat16.itemsize),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,44 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spinfer
+from command_line import as_json, error_of, run, succeed
 from conftest import pruned_model, save_with_tokenizer
-from spinfer.cli import main
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run `spinfer ...` through its entry point, in this process: starting one costs seconds."""
-    command = ["spinfer", *map(str, arguments)]
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", command)
-        try:
-            main()
-        except SystemExit as exit:
-            status = int(exit.code or 0)
-    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
-
-
-def succeed(*arguments: str | Path) -> str:
-    """Its stdout; fails the test on a nonzero status."""
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def as_json(*arguments: str | Path) -> Any:
-    """Its stdout, which must be JSON and nothing else."""
-    return json.loads(succeed(*arguments))
-
-
-def error_of(*arguments: str | Path) -> str:
-    """The one line that a failing command ends with."""
-    done = run(*arguments)
-    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 @pytest.fixture
@@ -184,7 +145,7 @@ def test_bench_kernel_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_verb_has_help() -> None:
-    for verb in ("compress", "decompress", "inspect", "generate", "eval", "bench"):
+    for verb in ("prune", "compress", "decompress", "inspect", "generate", "eval", "bench"):
         assert "MODEL" in succeed(verb, "--help")
 
 
@@ -200,6 +161,7 @@ def test_as_a_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "verb",
     [
+        ["prune", "{}", "-o", "{}-out", "--method", "magnitude"],
         ["compress", "{}", "-o", "{}-out"],
         ["decompress", "{}", "-o", "{}-out"],
         ["inspect", "{}"],

@@ -15,7 +15,7 @@ from spinfer.ops import linear
 
 __version__ = "0.1.0"
 
-__all__ = ["SparseLinear", "SpinferError", "TcaBmeTensor", "compress_model", "encode", "linear", "pack"]
+__all__ = ["SparseLinear", "SpinferError", "TcaBmeTensor", "compress_model", "encode", "linear", "pack", "prune"]
 
 
 def _register_with_transformers() -> None:
@@ -30,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from spinfer.integrations.transformers.quantizer import compress_model
 
         return compress_model
+    if name == "prune":
+        from spinfer.integrations.transformers.pruning import prune
+
+        return prune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,7 @@ def perplexity(
     token_ids: Tensor,
     *,
     context: int = 1024,
+    batch: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Evaluate over consecutive windows that do not overlap; every token but the first of a window is predicted.
@@ -41,6 +42,7 @@ def perplexity(
         model: a causal language model (its output has `.logits`).
         token_ids: int64 [tokens], the whole text.
         context: tokens a window; a last partial window counts too.
+        batch: windows at once.
         progress: called with (windows done, windows).
 
     Raises:
@@ -50,12 +52,16 @@ def perplexity(
         raise SpinferError(
             f"perplexity needs at least 2 tokens and a context of 2, got {token_ids.numel()} and {context}"
         )
-    windows = [window for window in token_ids.split(context) if window.numel() > 1]
-    total, count = 0.0, 0
-    for index, window in enumerate(windows):
-        logits = model(window.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device), reduction="sum")
-        total += float(losses)
-        count += window.numel() - 1
-        progress(index + 1, len(windows))
+    whole = token_ids.numel() // context
+    batches = [*token_ids[: whole * context].view(whole, context).split(batch), token_ids[None, whole * context :]]
+    total, count, done = 0.0, 0, 0
+    windows = sum(len(rows) for rows in batches if rows.shape[1] > 1)
+    for rows in batches:
+        if rows.numel() and rows.shape[1] > 1:
+            logits = model(rows, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+            losses = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten().to(logits.device), reduction="sum")
+            total += float(losses)
+            count += logits.shape[0]
+            done += len(rows)
+            progress(done, windows)
     return Perplexity(math.exp(total / count), count, context)

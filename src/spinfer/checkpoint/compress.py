@@ -16,7 +16,7 @@ from spinfer.checkpoint.config import CompressionConfig, ModuleEntry
 from spinfer.checkpoint.dense import open_dense
 from spinfer.checkpoint.header import TORCH_DTYPES, TensorInfo
 from spinfer.checkpoint.inspect import inspect_checkpoint
-from spinfer.checkpoint.names import safetensors_dtype, storage_names
+from spinfer.checkpoint.names import find_stored, safetensors_dtype, storage_names
 from spinfer.checkpoint.output import new_directory, refuse_existing, writing
 from spinfer.checkpoint.report import CompressionReport
 from spinfer.checkpoint.select import Selection
@@ -103,7 +103,7 @@ class _Run:
     ) -> None:
         self.source = source
         self.modules: dict[str, ModuleEntry] = {}
-        self._known = linears.keys() | dense.keys()
+        self._known = {storage_names(name)[0] for name in (*linears, *dense)}
         self.dense = {self._find(name) or name: reason for name, reason in dense.items()}
         self.nonfinite: dict[str, int] = {}
         self._candidates: dict[str, str] = {}  # tensor name -> module name
@@ -117,12 +117,9 @@ class _Run:
             )
 
     def _find(self, module: str) -> str | None:
-        """A module's name in the checkpoint, where the base model's prefix (its first part) may be missing."""
-        bare = module.partition(".")[2]
-        for candidate in (module, bare if bare not in self._known else ""):
-            if candidate and storage_names(candidate)[0] in self.source.tensors:
-                return candidate
-        return None
+        """A module's name in the checkpoint."""
+        weight = find_stored(storage_names(module)[0], self.source.tensors, self._known)
+        return None if weight is None else weight.rpartition(".")[0]
 
     def _consider(self, module: str, shape: tuple[int, int], selection: Selection) -> None:
         stored = self._find(module)

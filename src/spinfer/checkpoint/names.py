@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 import torch
 
@@ -37,3 +38,18 @@ def natural_order(name: str) -> list[str]:
     """Sort key that puts layers.2 before layers.10."""
     # Digits as text, the longer number last: int() refuses more than 4300 of them.
     return [f"{len(part):08}{part}" if i % 2 else part for i, part in enumerate(re.split(r"0*(\d+)", name))]
+
+
+def find_stored(name: str, stored: Container[str], known: Container[str]) -> str | None:
+    """The name in a checkpoint of what a model calls `name`; the base model's prefix (its first part) may be missing.
+
+    Args:
+        name: in the model.
+        stored: names in the checkpoint.
+        known: all such names of the model: one that the model itself has is no shortened form of another.
+    """
+    bare = name.partition(".")[2]
+    for candidate in (name, bare if bare not in known else ""):
+        if candidate and candidate in stored:
+            return candidate
+    return None

@@ -20,6 +20,7 @@ def application() -> typer.Typer:
     from spinfer.cli.evaluate import evaluate
     from spinfer.cli.generate import generate
     from spinfer.cli.inspect import inspect
+    from spinfer.cli.prune import prune
 
     app = typer.Typer(
         name="spinfer",
@@ -28,6 +29,7 @@ def application() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.command()(prune)
     app.command()(compress)
     app.command()(decompress)
     app.command()(inspect)
