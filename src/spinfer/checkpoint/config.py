@@ -57,15 +57,23 @@ class ModuleEntry:
         return cls(weight.shape, weight.nnz, weight.values.numel(), weight.dtype, checksum(weight))
 
     def check(self, weight: TcaBmeTensor) -> None:
-        """Compare an encoded weight, as it was loaded, with this entry.
-
-        A weight that was cast while it was loaded keeps its bitmap and offsets, but has another checksum; then only
-        the rest is compared.
+        """Check an encoded weight, as it was loaded, and compare it with this entry; see `compare`.
 
         Raises:
             FormatError: they disagree, or the parts of the weight do.
         """
         weight.validate()
+        self.compare(weight)
+
+    def compare(self, weight: TcaBmeTensor) -> None:
+        """Compare an encoded weight with this entry.
+
+        A weight that was cast while it was loaded keeps its bitmap and offsets, but has another checksum; then only
+        the rest is compared.
+
+        Raises:
+            FormatError: they disagree.
+        """
         found = (weight.shape, weight.nnz, weight.values.numel())
         expected = (self.shape, self.nnz, self.values_len)
         if found != expected:
