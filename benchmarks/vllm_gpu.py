@@ -1,4 +1,4 @@
-"""Decode speed in vLLM on a GPU, sparse beside dense bf16 and dense FP8: `python benchmarks/vllm_gpu.py --out OUT.json`.
+"""Decode speed in vLLM on a GPU, sparse beside dense bf16 and FP8: `python benchmarks/vllm_gpu.py --out OUT.json`.
 
 Every run is an engine in its own process, forked after vLLM has been imported, so that it starts with an empty GPU.
 Sparse models are loaded from a compressed checkpoint, which is written first; dense ones get vLLM's random weights.
@@ -242,14 +242,14 @@ def run(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, 
 
 
 def greedy_vllm(directory: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """vLLM's greedy continuation of each prompt, one at a time."""
+    """Continue each prompt greedily in vLLM, one at a time."""
     arguments = argparse.Namespace(**vars(arguments) | {"tensor_parallel": 1, "utilization": 0.5})
     engine = Engine(directory, "sparse", arguments)
     return {"tokens": [engine.generate([prompt], 32)[1][0] for prompt in prompts]}
 
 
 def greedy_transformers(directory: Path, prompts: list[list[int]], device: str) -> dict[str, Any]:
-    """transformers' continuation, with the lead of the chosen token's logit over the next at each position."""
+    """The same in transformers, with the lead of each chosen token's logit over the next."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -273,8 +273,11 @@ def greedy_transformers(directory: Path, prompts: list[list[int]], device: str) 
 
 
 def compare(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whether vLLM and transformers choose the same tokens on 20 prompts of a real model; at a difference, by how much
-    transformers' token led: less than bf16 resolves there (a logit of 16 to 32 has steps of 0.125) is a tie."""
+    """Whether vLLM and transformers choose the same tokens of a real model on 20 prompts.
+
+    At a difference, `lead` says by how much transformers' token led: bf16 logits of 16 to 32 have steps of 0.125.
+    The prompts are those of `prompts.json` (lists of token ids) in the model's directory, or random tokens.
+    """
     generator = random.Random(1)
     prompts = [[generator.randrange(1000, 40000) for _ in range(generator.randrange(8, 64))] for _ in range(20)]
     if (path / "prompts.json").exists():
@@ -339,7 +342,9 @@ def main() -> None:
     parser.add_argument("--cudagraph-mode", default="FULL_DECODE_ONLY")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--folder", type=Path, help="for checkpoints; by default /dev/shm or the temporary folder")
-    parser.add_argument("--same-tokens", type=Path, help="a compressed model to compare with transformers, token by token")
+    parser.add_argument(
+        "--same-tokens", type=Path, help="a compressed model to compare with transformers, token by token"
+    )
     parser.add_argument("--limit-s", type=float, default=300, help="most seconds of one run")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no run later than this")
     parser.add_argument("--commit", help="of the code, where this is no git checkout")
@@ -350,9 +355,12 @@ def main() -> None:
     import transformers  # noqa: F401  (imported once here: every run is forked from this process)
     import vllm.entrypoints.llm  # noqa: F401
 
-    commit = arguments.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        arguments.commit
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     result: dict[str, Any] = forked(device_facts, arguments.device, limit_s=120) | {
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),

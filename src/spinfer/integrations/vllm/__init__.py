@@ -1,5 +1,7 @@
-"""vLLM: the plugin's entry point. `config` says which layers are sparse, `shares` what of each a rank holds, `linear`
-loads and runs them."""
+"""vLLM: the plugin's entry point.
+
+`config` says which layers are sparse, `shares` what of each a rank holds; `linear` loads and runs them.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
             return {None: (prefix, self.modules[prefix])}
         parent, _, leaf = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [])
-        shards = "qkv" if isinstance(layer, QKVParallelLinear) else range(len(parts))
+        shards: Sequence[Shard] = "qkv" if isinstance(layer, QKVParallelLinear) else range(len(parts))
         names = {shard: f"{parent}.{part}" for shard, part in zip(shards, parts, strict=False)}
         return {shard: (name, self.modules[name]) for shard, name in names.items() if name in self.modules}
 

@@ -85,7 +85,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
 
     def _load(self, part: str, parameter: nn.Parameter, loaded: Tensor, shard: Shard = None) -> None:
-        """vLLM's weight loader: take one array of one matrix. What is wrong is told after loading, on all ranks."""
+        """Take one array of one matrix, as vLLM's weight loader. What is wrong is told after loading, on all ranks."""
         if self._error is not None:
             return
         if loaded.dim() == 2:  # one of a merged layer's matrices was left dense
@@ -107,7 +107,8 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Check a matrix as the checkpoint has it, and keep the rank's shares of it."""
         name, entry = self._sources[shard]
         try:
-            stored = TcaBmeTensor(*(parts[part] for part in STORAGE_NAMES), entry.shape, entry.nnz)
+            values, bitmap, offsets = (parts[part] for part in STORAGE_NAMES)
+            stored = TcaBmeTensor(values, bitmap, offsets, entry.shape, entry.nnz)
             entry.compare(stored)
             weight = stored.to(device).validate()
         except FormatError as error:

@@ -17,7 +17,7 @@ from spinfer.errors import SpinferError
 from spinfer.format.layout import GROUP_TILE
 
 Shard = int | str | None
-"""Which of a merged layer's matrices vLLM loads: "q", "k", "v"; a number; None for a layer or checkpoint that has one."""
+"""Which of a merged layer's matrices: "q", "k", "v"; a number; None where layer or checkpoint has but one."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Share:
     def is_aligned(self) -> bool:
         """Whether the encoded matrix can be cut there."""
         cuts = zip((self.rows, self.columns), self.shape, strict=True)
-        return all(
-            start % GROUP_TILE == 0 and (stop % GROUP_TILE == 0 or stop == size) for (start, stop), size in cuts
-        )
+        return all(start % GROUP_TILE == 0 and (stop % GROUP_TILE == 0 or stop == size) for (start, stop), size in cuts)
 
 
 def shares(layer: Any) -> list[Share]:
