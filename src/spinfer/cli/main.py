@@ -20,6 +20,7 @@ def application() -> typer.Typer:
     from spinfer.cli.evaluate import evaluate
     from spinfer.cli.generate import generate
     from spinfer.cli.inspect import inspect
+    from spinfer.cli.plan import plan
 
     app = typer.Typer(
         name="spinfer",
@@ -34,6 +35,7 @@ def application() -> typer.Typer:
     app.command()(generate)
     app.command("eval")(evaluate)
     app.command()(bench)
+    app.command()(plan)
     return app
 
 

@@ -67,7 +67,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 self._check(share, layer.tp_size)
         self._dtype = params_dtype
         for name, dtype in zip(STORAGE_NAMES, (params_dtype, torch.int64, torch.int32), strict=True):
-            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            parameter: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = functools.partial(self._load, name)
             layer.register_parameter(name, parameter)
 
