@@ -276,12 +276,11 @@ def compare(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Whether vLLM and transformers choose the same tokens of a real model on 20 prompts.
 
     At a difference, `lead` says by how much transformers' token led: bf16 logits of 16 to 32 have steps of 0.125.
-    The prompts are those of `prompts.json` (lists of token ids) in the model's directory, or random tokens.
     """
-    generator = random.Random(1)
-    prompts = [[generator.randrange(1000, 40000) for _ in range(generator.randrange(8, 64))] for _ in range(20)]
-    if (path / "prompts.json").exists():
-        prompts = json.loads((path / "prompts.json").read_text())
+    from transformers import AutoTokenizer
+
+    texts = (ROOT / "tests" / "serving" / "prompts.txt").read_text().splitlines()
+    prompts = AutoTokenizer.from_pretrained(path)(texts)["input_ids"]
     ours = forked(greedy_vllm, path, prompts, arguments, limit_s=300)
     theirs = forked(greedy_transformers, path, prompts, arguments.device, limit_s=300)
     if "error" in ours or "error" in theirs:

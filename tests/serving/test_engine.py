@@ -25,28 +25,7 @@ from spinfer.integrations.transformers.models import load_causal_lm, model_linea
 
 pytestmark = pytest.mark.vllm
 
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time there was",
-    "Water boils at",
-    "def fibonacci(n):",
-    "The three primary colours are",
-    "In 1969, the first",
-    "A recipe for bread needs",
-    "The largest planet of the solar system",
-    "My favourite book is",
-    "Photosynthesis is the process by which",
-    "The opposite of hot is",
-    "Shakespeare wrote",
-    "To sort a list in Python,",
-    "The mitochondria are",
-    "Yesterday it rained, so",
-    "A triangle has",
-    "The speed of light is",
-    "Dear Sir or Madam,",
-    "The Roman Empire fell because",
-    "Two plus two is",
-]
+PROMPTS = Path(__file__).with_name("prompts.txt").read_text().splitlines()
 
 
 def transformers_tokens(model: Path, prompts: list[str], count: int) -> list[list[int]]:
