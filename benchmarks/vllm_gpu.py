@@ -227,10 +227,26 @@ def _weights_gib(worker: Any) -> float:
     return sum(parameter.nbytes for parameter in worker.model_runner.model.parameters()) / 2**30
 
 
+def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What `spinfer plan` says of the weights and the KV cache, to compare with."""
+    import torch
+
+    from spinfer.integrations.transformers.sizing import fit, model_size
+
+    if mode == "fp8" or arguments.device == "cpu":
+        return None
+    size = model_size(str(directory))
+    weights = size.compressed_nbytes(arguments.sparsity) if mode == "sparse" else size.dense_nbytes
+    memory = torch.cuda.get_device_properties(0).total_memory
+    usable = int(memory * arguments.utilization) - 2 * 2**30  # the command's default reserve
+    found = fit(size, weights, gpus=arguments.tensor_parallel, usable_nbytes=usable, context=max(arguments.inputs))
+    return {"weights_gib": round(weights / arguments.tensor_parallel / 2**30, 3), "kv_cache_tokens": found.kv_tokens}
+
+
 def run(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All measurements of one engine."""
     engine = Engine(directory, mode, arguments)
-    result = engine.facts() | {"rows": [], "profiles": []}
+    result = engine.facts() | {"planned": planned(directory, mode, arguments), "rows": [], "profiles": []}
     for length in arguments.inputs:
         for batch in arguments.batches:
             row = engine.measure(batch, length, arguments.new_tokens, arguments.repeats)

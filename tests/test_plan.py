@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import spinfer
@@ -63,3 +64,20 @@ def test_command(tmp_path: Path) -> None:
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a causal language model"):
         model_size(str(tmp_path))
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_tables_in_the_documentation(gpus: int, tmp_path: Path) -> None:
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ).save_pretrained(tmp_path)
+    printed = CliRunner().invoke(application(), ["plan", str(tmp_path), "--gpus", str(gpus)]).stdout
+    documentation = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for line in printed.strip().splitlines():
+        assert line in documentation
