@@ -60,7 +60,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)
-    llm = LLM(model=job["model"], max_model_len=128, max_num_seqs=4, enable_prefix_caching=False, **job["options"])
+    llm = LLM(model=job["model"], max_model_len=128, max_num_seqs=4, gpu_memory_utilization=0.2, **job["options"])
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
     outputs = llm.generate(job["prompts"], sampling, use_tqdm=False)
     result = {

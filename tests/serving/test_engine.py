@@ -137,6 +137,7 @@ def server(smollm2: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--served-model-name", "sparse"]
+    command += ["--gpu-memory-utilization", "0.2"]
     process = subprocess.Popen(command, env=serving_environment())
     url = f"http://127.0.0.1:{port}"
     try:

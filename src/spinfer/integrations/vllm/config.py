@@ -11,12 +11,16 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
 
 from spinfer.checkpoint.config import QUANT_METHOD, CompressionConfig, ModuleEntry
 from spinfer.errors import SpinferError
 from spinfer.integrations.vllm.linear import SpinferLinearMethod
 from spinfer.integrations.vllm.shares import Shard
 from spinfer.integrations.vllm.versions import check_version
+from spinfer.kernels.cpu.backend import CPU_LAYOUT
+from spinfer.kernels.cpu.library import load
+from spinfer.kernels.packed import STORAGE_LAYOUT
 
 
 class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
@@ -35,6 +39,10 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
             CheckpointError: a format version of the future, or a malformed entry.
         """
         check_version(vllm.__version__)
+        if current_platform.is_cpu():
+            # vLLM keeps compiled graphs under a hash of the model's config, this entry included. They name the layout
+            # of the weights, and an installation without the CPU library has another.
+            config["cpu_layout"] = CPU_LAYOUT if load() else STORAGE_LAYOUT
         return cls(CompressionConfig.from_dict(config))
 
     @classmethod
