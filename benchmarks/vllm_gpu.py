@@ -93,6 +93,7 @@ def prepare(name: str, directory: Path, sparsity: float, tokens: Sequence[int], 
     shape = SHAPES[name]
     hidden = shape["hidden_size"]
     began = time.perf_counter()
+    torch.zeros(1, device=device)  # CUDA starts before the threads do
 
     def compile_kernels(rows: int, count: int) -> None:
         dense = torch.zeros(rows, hidden, dtype=torch.bfloat16, device=device)

@@ -32,6 +32,8 @@ def matrices(kind: str) -> dict[str, Tensor]:
         "fused_qkv": {"qkv_proj": (HEADS + 2 * KV_HEADS) * HEAD},
         "mixed_qkv": {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD},
         "uneven": {"gate_proj": 200, "up_proj": 200},
+        "fused_uneven": {"gate_up_proj": 400},
+        "thin": {"proj": 96},
     }[kind]
     return {name: sparse(count, K, torch.float32, seed=seed) for seed, (name, count) in enumerate(rows.items())}
 
@@ -43,12 +45,13 @@ def make(kind: str, config: Any) -> tuple[Any, dict[str, Any]]:
     common = {"bias": False, "quant_config": config, "params_dtype": torch.float32, "return_bias": False}
     if kind == "replicated":
         return linear.ReplicatedLinear(K, 128, prefix="mlp.proj", **common), {"proj": None}
-    if kind == "column":
-        return linear.ColumnParallelLinear(K, 512, prefix="mlp.proj", **common), {"proj": None}
+    if kind in ("column", "thin"):
+        size = 96 if kind == "thin" else 512
+        return linear.ColumnParallelLinear(K, size, prefix="mlp.proj", **common), {"proj": None}
     if kind == "row":
         return linear.RowParallelLinear(K, 192, prefix="mlp.proj", reduce_results=False, **common), {"proj": None}
-    if kind in ("gate_up", "fused_gate_up", "uneven"):
-        size = 200 if kind == "uneven" else 512
+    if kind in ("gate_up", "fused_gate_up", "uneven", "fused_uneven"):
+        size = 200 if "uneven" in kind else 512
         layer = linear.MergedColumnParallelLinear(K, [size, size], prefix="mlp.gate_up_proj", **common)
         return layer, {"gate_up_proj": None, "gate_proj": 0, "up_proj": 1}
     layer = linear.QKVParallelLinear(K, HEAD, HEADS, KV_HEADS, prefix="mlp.qkv_proj", **common)
@@ -93,7 +96,7 @@ def expected(kind: str, rank: int, size: int) -> Tensor:
         return weights["proj"]
     if kind == "row":
         return weights["proj"].chunk(size, dim=1)[rank]
-    if kind == "fused_gate_up":
+    if kind in ("fused_gate_up", "fused_uneven"):
         weights = dict(enumerate(weights["gate_up_proj"].chunk(2)))
     if kind == "fused_qkv":
         weights = dict(enumerate(weights["qkv_proj"].split([HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD])))
@@ -127,10 +130,11 @@ def test_every_rank_holds_its_share_encoded(kind: str, size: int) -> None:
         assert held < 0.75 * dense
 
 
-def test_matrices_that_end_inside_a_tile_stay_apart() -> None:
-    [(error, kernels, _, _)] = on_ranks(1, multiply, 1, "uneven")
+@pytest.mark.parametrize(("kind", "expected_kernels"), [("uneven", 2), ("fused_uneven", 1)])
+def test_matrices_that_end_inside_a_tile_stay_apart_or_together(kind: str, expected_kernels: int) -> None:
+    [(error, kernels, _, _)] = on_ranks(1, multiply, 1, kind)
     assert error < 1e-4
-    assert kernels == 2
+    assert kernels == expected_kernels
 
 
 def attempt(rank: int, kind: str, without: str, damage: str, broken_rank: int) -> str:
@@ -139,10 +143,18 @@ def attempt(rank: int, kind: str, without: str, damage: str, broken_rank: int) -
     return "loaded"
 
 
-def test_a_size_that_cuts_tiles_is_refused_on_every_rank() -> None:
-    [message, *others] = on_ranks(2, attempt, "uneven", "", "", 0)
-    assert "SpinferError: tensor-parallel size 2 cuts 'mlp.gate_proj', 200 x 256" in message
-    assert others == [message]
+@pytest.mark.parametrize(
+    ("kind", "size", "cut"),
+    [
+        ("uneven", 2, "'mlp.gate_proj', 200 x 256"),
+        ("fused_uneven", 2, "'mlp.gate_up_proj', 400 x 256"),
+        ("thin", 3, "'mlp.proj', 96 x 256"),  # the last rank's own share would be whole tiles
+    ],
+)
+def test_a_size_that_cuts_tiles_is_refused_on_every_rank(kind: str, size: int, cut: str) -> None:
+    [message, *others] = on_ranks(size, attempt, kind, "", "", 0)
+    assert f"SpinferError: tensor-parallel size {size} cuts {cut}" in message
+    assert others == [message] * (size - 1)
 
 
 @pytest.mark.parametrize("broken_rank", [0, 1])

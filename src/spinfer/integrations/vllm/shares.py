@@ -29,18 +29,14 @@ class Share:
         rows: first row and end.
         columns: first column and end.
         shape: of the whole matrix, (out_features, in_features).
+        is_aligned: whether the encoded matrix can be cut for every rank.
     """
 
     shard: Shard
     rows: tuple[int, int]
     columns: tuple[int, int]
     shape: tuple[int, int]
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether the encoded matrix can be cut there."""
-        cuts = zip((self.rows, self.columns), self.shape, strict=True)
-        return all(start % GROUP_TILE == 0 and (stop % GROUP_TILE == 0 or stop == size) for (start, stop), size in cuts)
+    is_aligned: bool
 
 
 def shares(layer: Any) -> list[Share]:
@@ -53,9 +49,9 @@ def shares(layer: Any) -> list[Share]:
     if kind is ReplicatedLinear:
         return [_of_rank(None, layer.output_size, columns, 0, 1)]
     if kind is RowParallelLinear:
-        each = layer.input_size // layer.tp_size
-        part = (layer.tp_rank * each, (layer.tp_rank + 1) * each)
-        return [Share(None, (0, layer.output_size), part, (layer.output_size, layer.input_size))]
+        shape = (layer.output_size, layer.input_size)
+        part, is_aligned = _cut(layer.input_size, layer.tp_rank, layer.tp_size)
+        return [Share(None, (0, layer.output_size), part, shape, is_aligned)]
     if kind is ColumnParallelLinear:
         return [_of_rank(None, layer.output_size, columns, layer.tp_rank, layer.tp_size)]
     if kind is MergedColumnParallelLinear:
@@ -80,17 +76,25 @@ def shares(layer: Any) -> list[Share]:
     )
 
 
-def _of_rank(shard: Shard, size: int, columns: tuple[int, int], rank: int, ranks: int) -> Share:
+def _cut(size: int, rank: int, ranks: int) -> tuple[tuple[int, int], bool]:
+    """A rank's range of rows or columns, and whether GroupTiles end where each rank's range does."""
     each = size // ranks
-    return Share(shard, (rank * each, (rank + 1) * each), columns, (size, columns[1]))
+    return (rank * each, (rank + 1) * each), ranks == 1 or each % GROUP_TILE == 0
+
+
+def _of_rank(shard: Shard, size: int, columns: tuple[int, int], rank: int, ranks: int) -> Share:
+    rows, is_aligned = _cut(size, rank, ranks)
+    return Share(shard, rows, columns, (size, columns[1]), is_aligned)
 
 
 def fused(parts: list[Share]) -> list[Share]:
     """The same parts of one matrix that holds all of them below each other, as some checkpoints store them."""
-    rows = sum(part.shape[0] for part in parts)
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    if all(part.rows == (0, part.shape[0]) for part in parts):
+        return [Share(None, (0, shape[0]), parts[0].columns, shape, all(part.is_aligned for part in parts))]
     found, above = [], 0
     for part in parts:
-        start, stop = part.rows
-        found.append(Share(None, (above + start, above + stop), part.columns, (rows, part.shape[1])))
+        rows = (above + part.rows[0], above + part.rows[1])
+        found.append(Share(None, rows, part.columns, shape, part.is_aligned and above % GROUP_TILE == 0))
         above += part.shape[0]
     return found
