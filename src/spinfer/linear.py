@@ -49,6 +49,7 @@ class SparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.nnz = in_features, out_features, nnz
+        self._shape = (out_features, in_features)
         geometry = Geometry(out_features, in_features)
         self.weight = nn.Parameter(torch.zeros(values_len, device=device, dtype=dtype), requires_grad=False)
         self.register_buffer(STORAGE_NAMES[1], torch.zeros(geometry.bitmap_words, device=device, dtype=torch.int64))
@@ -85,7 +86,7 @@ class SparseLinear(nn.Module):
         if self._packed is not None:
             return unpack(self._packed)
         bitmap, offsets = (self.get_buffer(name) for name in STORAGE_NAMES[1:])
-        return TcaBmeTensor(self.weight.detach(), bitmap, offsets, (self.out_features, self.in_features), self.nnz)
+        return TcaBmeTensor(self.weight.detach(), bitmap, offsets, self._shape, self.nnz)
 
     @property
     def is_packed(self) -> bool:
@@ -118,6 +119,16 @@ class SparseLinear(nn.Module):
                 delattr(self, f"packed_{index}")
             self._packed = None
             self._set_storage(storage)
+        return self
+
+    def keep_(self, weight: TcaBmeTensor) -> SparseLinear:
+        """Hold a part of the weight instead of the whole, in on-disk order: a tensor-parallel rank's share.
+
+        `in_features` and `out_features` go on saying how large the whole layer is.
+        """
+        self.unpack_()
+        self._set_storage(weight)
+        self._shape, self.nnz = weight.shape, weight.nnz
         return self
 
     def _set_storage(self, weight: TcaBmeTensor) -> None:
@@ -177,7 +188,7 @@ class SparseLinear(nn.Module):
         if missing:
             raise SpinferError(f"the state dict lacks {', '.join(missing)}")
         values, bitmap, offsets = (state_dict[key] for key in keys)
-        loaded = TcaBmeTensor(values, bitmap, offsets, (self.out_features, self.in_features), self.nnz).validate()
+        loaded = TcaBmeTensor(values, bitmap, offsets, self._shape, self.nnz).validate()
         was_packed = self.is_packed
         self.unpack_()
         if self.weight.shape != loaded.values.shape:

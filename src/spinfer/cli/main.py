@@ -20,6 +20,7 @@ def application() -> typer.Typer:
     from spinfer.cli.evaluate import evaluate
     from spinfer.cli.generate import generate
     from spinfer.cli.inspect import inspect
+    from spinfer.cli.plan import plan
     from spinfer.cli.prune import prune
 
     app = typer.Typer(
@@ -36,6 +37,7 @@ def application() -> typer.Typer:
     app.command()(generate)
     app.command("eval")(evaluate)
     app.add_typer(bench_commands(), name="bench", help="Time MODEL, or one kernel: bench MODEL, bench kernel.")
+    app.command()(plan)
     return app
 
 

@@ -17,6 +17,7 @@ from spinfer.checkpoint.header import read_header
 from spinfer.checkpoint.stored import check_headers
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import FORMAT_VERSION
+from spinfer.integrations.transformers.tensor_parallel import keep_share, load_whole
 from spinfer.linear import SparseLinear
 from spinfer.model import Replacement, replace_linears, restore_linears
 
@@ -87,15 +88,18 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 dtype=dense.weight.dtype,
             )
             model.set_submodule(path, sparse)
+            load_whole(model, path, sparse)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, entry in self.quantization_config.parsed().modules.items():
-            module = model.get_submodule(_module_path(model, name))
+            path = _module_path(model, name)
+            module = model.get_submodule(path)
             assert isinstance(module, SparseLinear)
             if module.weight.device.type == "meta":  # offloaded: accelerate brings the storage parts in for each call
                 continue
             try:
                 entry.check(module.storage)
+                keep_share(model, path, module)
                 module.pack_()  # which validates the parts
             except FormatError as error:
                 raise CheckpointError(
@@ -106,7 +110,13 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Bring the config up to date (the model may have been cast) before save_pretrained writes it."""
+        """Bring the config up to date (the model may have been cast) before save_pretrained writes it.
+
+        Raises:
+            SpinferError: this rank holds a share of the weights only.
+        """
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise SpinferError("a rank holds a share of the weights; load the model in one process to save it")
         model.config.quantization_config = _config_of(model, self.quantization_config.dense)
         return None, {}
 

@@ -1,0 +1,427 @@
+"""Decode speed in vLLM on a GPU, sparse beside dense bf16 and FP8: `python benchmarks/vllm_gpu.py --out OUT.json`.
+
+Every run is an engine in its own process, forked after vLLM has been imported, so that it starts with an empty GPU.
+Sparse models are loaded from a compressed checkpoint, which is written first; dense ones get vLLM's random weights.
+The plugin need not be installed: src/ on PYTHONPATH is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = ("bf16", "fp8", "sparse")
+
+CATEGORIES = {
+    "sparse Linears": r"spinfer",
+    "attention": r"flash|fmha|attn|attention|reshape_and_cache",
+    "collectives": r"nccl|all_?reduce|all_?gather",
+    "dense products": r"gemm|gemv|nvjet|cutlass|cublas|splitk|wgmma|_mm_",
+}
+"""Kernel names of one decode step, the first match counts; what is left is norms, activations, rotary, sampling."""
+
+
+def environment() -> None:
+    """What the engines need, before vLLM is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions sent to tensor-parallel workers
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # the process that is forked must not touch CUDA
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import importlib.metadata
+
+    if not any(point.name == "spinfer" for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        info = Path(tempfile.mkdtemp(prefix="spinfer-plugin-")) / "spinfer-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: spinfer\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nspinfer = spinfer.integrations.vllm:register\n")
+        paths = [str(ROOT / "src"), str(info.parent)]
+        sys.path[:0] = paths
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+
+
+def forked(job: Callable[..., Any], *arguments: Any, limit_s: float) -> dict[str, Any]:
+    """Run a job in a child process; what it returns, or {"error": ...}."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        try:
+            sender.send(job(*arguments))
+        except BaseException:
+            sender.send({"error": traceback.format_exc()[-4000:]})
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit_s):
+            return {"error": f"stopped after {limit_s:.0f} s"}
+        return dict(receiver.recv())
+    except EOFError:
+        return {"error": "the process died"}
+    finally:
+        process.join(20)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def prepare(name: str, directory: Path, sparsity: float, tokens: Sequence[int], device: str) -> dict[str, Any]:
+    """Write the compressed checkpoint, and meanwhile compile the kernels that it will need."""
+    import torch
+    from random_models import SHAPES, write_compressed
+
+    import spinfer
+
+    shape = SHAPES[name]
+    hidden = shape["hidden_size"]
+    began = time.perf_counter()
+    torch.zeros(1, device=device)  # CUDA starts before the threads do
+
+    def compile_kernels(rows: int, count: int) -> None:
+        dense = torch.zeros(rows, hidden, dtype=torch.bfloat16, device=device)
+        dense[:, ::2] = 1
+        spinfer.linear(dense.new_zeros(count, hidden), spinfer.pack(spinfer.encode(dense)))
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        jobs = [pool.submit(compile_kernels, rows, count) for rows in (2048, 16384) for count in tokens]
+        nbytes = write_compressed(shape, directory, sparsity=sparsity, device=device)
+        written_s = time.perf_counter() - began
+        for job in jobs:
+            job.result()
+    return {"nbytes": nbytes, "write_s": round(written_s, 1), "seconds": round(time.perf_counter() - began, 1)}
+
+
+class Engine:
+    """vLLM with one model: torch.compile and full CUDA graphs on."""
+
+    def __init__(self, directory: Path, mode: str, arguments: argparse.Namespace) -> None:
+        from vllm import LLM
+
+        options: dict[str, Any] = {"load_format": "auto" if mode == "sparse" else "dummy"}
+        if mode == "fp8":
+            options["quantization"] = "fp8"
+        if arguments.enforce_eager:
+            options["enforce_eager"] = True
+        elif arguments.device == "cuda":
+            options["compilation_config"] = {
+                "cudagraph_mode": arguments.cudagraph_mode,
+                "cudagraph_capture_sizes": sorted(set(arguments.batches)),
+            }
+        if arguments.device == "cuda":
+            options["kernel_config"] = {"enable_flashinfer_autotune": False, "enable_cutedsl_warmup": False}
+        began = time.perf_counter()
+        self.llm = LLM(
+            model=str(directory),
+            dtype="bfloat16",
+            max_model_len=max(arguments.inputs) + arguments.new_tokens + 16,
+            max_num_seqs=max(arguments.batches),
+            max_num_batched_tokens=max(8192, max(arguments.inputs) + arguments.new_tokens + 16),
+            gpu_memory_utilization=arguments.utilization,
+            tensor_parallel_size=arguments.tensor_parallel,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            **options,
+        )
+        self.start_s = time.perf_counter() - began
+        self._random = random.Random(0)
+        self._vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+
+    def facts(self) -> dict[str, Any]:
+        """Memory and room for the KV cache."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return {
+            "start_s": round(self.start_s, 1),
+            "kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+            "weights_gib": [round(gib, 3) for gib in self.llm.collective_rpc(_weights_gib)],
+        }
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> tuple[float, list[list[int]]]:
+        """Greedy; returns seconds and tokens."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        assert [len(each) for each in tokens] == [new_tokens] * len(prompts)
+        return seconds, tokens
+
+    def prompts(self, batch: int, length: int) -> list[list[int]]:
+        """Random token ids."""
+        return [[self._random.randrange(10, self._vocabulary - 10) for _ in range(length)] for _ in range(batch)]
+
+    def measure(self, batch: int, length: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+        """Time to the first token of the whole batch, and the decode steps after it; medians."""
+
+        def timed(count: int, times: int) -> list[float]:
+            return [self.generate(self.prompts(batch, length), count)[0] for _ in range(times)]
+
+        timed(new_tokens, 1)
+        first, whole = timed(1, repeats + 2), timed(new_tokens, repeats)
+        step = (statistics.median(whole) - statistics.median(first)) / (new_tokens - 1)
+        return {
+            "batch": batch,
+            "input": length,
+            "new_tokens": new_tokens,
+            "decode_ms": round(step * 1e3, 4),
+            "decode_tokens_per_s": round(batch / step, 1),
+            "end_to_end_tokens_per_s": round(batch * new_tokens / statistics.median(whole), 1),
+            "ttft_ms": round(statistics.median(first) * 1e3, 2),
+            "ttft_ms_all": [round(seconds * 1e3, 2) for seconds in first],
+            "whole_s_all": [round(seconds, 4) for seconds in whole],
+        }
+
+    def profile(self, batch: int, length: int, decode_ms: float, steps: int = 16) -> dict[str, Any]:
+        """GPU time of one decode step by kind of kernel: a profile of `steps` more tokens less one of a single token.
+
+        Gaps are what the kernels leave of the step as it was timed without a profiler.
+        """
+        import torch
+
+        def kernels(count: int) -> dict[str, float]:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                self.generate(self.prompts(batch, length), count)
+                torch.cuda.synchronize()
+            found: dict[str, float] = {}
+            for event in profiler.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+                    found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us()
+            return found
+
+        kernels(1)
+        before, after = kernels(1), kernels(1 + steps)
+        each = {name: (after[name] - before.get(name, 0.0)) / steps for name in after}
+        totals = dict.fromkeys((*CATEGORIES, "norms and the rest"), 0.0)
+        for name, us in each.items():
+            kind = next((k for k, pattern in CATEGORIES.items() if re.search(pattern, name, re.IGNORECASE)), None)
+            totals[kind or "norms and the rest"] += us
+        return {
+            "batch": batch,
+            "input": length,
+            "step_us": {kind: round(us, 1) for kind, us in totals.items()},
+            "gaps_us": round(decode_ms * 1e3 - sum(totals.values()), 1),
+            "kernels_us": {n[:160]: round(us, 2) for n, us in sorted(each.items(), key=lambda item: -item[1])[:25]},
+        }
+
+
+def _weights_gib(worker: Any) -> float:
+    """What one rank's weights take."""
+    return sum(parameter.nbytes for parameter in worker.model_runner.model.parameters()) / 2**30
+
+
+def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What `spinfer plan` says of the weights and the KV cache, to compare with."""
+    import torch
+
+    from spinfer.integrations.transformers.sizing import fit, model_size
+
+    if mode == "fp8" or arguments.device == "cpu":
+        return None
+    size = model_size(str(directory))
+    weights = size.compressed_nbytes(arguments.sparsity) if mode == "sparse" else size.dense_nbytes
+    memory = torch.cuda.get_device_properties(0).total_memory
+    usable = int(memory * arguments.utilization) - 2 * 2**30  # the command's default reserve
+    found = fit(size, weights, gpus=arguments.tensor_parallel, usable_nbytes=usable, context=max(arguments.inputs))
+    return {"weights_gib": round(weights / arguments.tensor_parallel / 2**30, 3), "kv_cache_tokens": found.kv_tokens}
+
+
+def run(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All measurements of one engine."""
+    engine = Engine(directory, mode, arguments)
+    result = engine.facts() | {"planned": planned(directory, mode, arguments), "rows": [], "profiles": []}
+    for length in arguments.inputs:
+        for batch in arguments.batches:
+            row = engine.measure(batch, length, arguments.new_tokens, arguments.repeats)
+            print(mode, json.dumps(row), file=sys.stderr, flush=True)
+            result["rows"].append(row)
+            if batch in arguments.profile and length == arguments.inputs[0]:
+                result["profiles"].append(engine.profile(batch, length, row["decode_ms"]))
+    return result
+
+
+def greedy_vllm(directory: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Continue each prompt greedily in vLLM, one at a time."""
+    arguments = argparse.Namespace(**vars(arguments) | {"tensor_parallel": 1, "utilization": 0.5})
+    engine = Engine(directory, "sparse", arguments)
+    return {"tokens": [engine.generate([prompt], 32)[1][0] for prompt in prompts]}
+
+
+def greedy_transformers(directory: Path, prompts: list[list[int]], device: str) -> dict[str, Any]:
+    """The same in transformers, with the lead of each chosen token's logit over the next."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import spinfer  # noqa: F401
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map=device).eval()
+    tokens, leads = [], []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt], device=device),
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens.append(output.sequences[0, len(prompt) :].tolist())
+        best = torch.cat(output.logits).float().topk(2).values
+        leads.append([round(lead, 4) for lead in (best[:, 0] - best[:, 1]).tolist()])
+    return {"tokens": tokens, "leads": leads}
+
+
+def compare(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Whether vLLM and transformers choose the same tokens of a real model on 20 prompts.
+
+    At a difference, `lead` says by how much transformers' token led: bf16 logits of 16 to 32 have steps of 0.125.
+    """
+    from transformers import AutoTokenizer
+
+    texts = (ROOT / "tests" / "serving" / "prompts.txt").read_text().splitlines()
+    prompts = AutoTokenizer.from_pretrained(path)(texts)["input_ids"]
+    ours = forked(greedy_vllm, path, prompts, arguments, limit_s=300)
+    theirs = forked(greedy_transformers, path, prompts, arguments.device, limit_s=300)
+    if "error" in ours or "error" in theirs:
+        return {"vllm": ours, "transformers": theirs}
+    differences = []
+    for number, (a, b) in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True)):
+        at = next((i for i in range(len(b)) if a[i] != b[i]), None)
+        if at is not None:
+            differences.append({"prompt": number, "position": at, "lead": theirs["leads"][number][at]})
+    return {"prompts": len(prompts), "same": len(prompts) - len(differences), "differences": differences}
+
+
+def room(nbytes: int) -> Path:
+    """A folder with room for a checkpoint: in memory where it fits, which is written and read fastest."""
+    for candidate in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        if candidate.is_dir() and shutil.disk_usage(candidate).free > 1.05 * nbytes:
+            return Path(tempfile.mkdtemp(prefix="spinfer-models-", dir=candidate))
+    raise SystemExit(f"no room for a checkpoint of {nbytes / 1e9:.0f} GB; give --folder")
+
+
+def checkpoint_nbytes(shape: dict[str, Any], sparsity: float) -> int:
+    """About how large a compressed checkpoint becomes."""
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    heads = shape["num_attention_heads"]
+    kv = shape.get("num_key_value_heads", heads) / heads
+    mlp = 3 * shape["intermediate_size"] if "intermediate_size" in shape else 2 * shape["ffn_dim"]
+    weights = layers * hidden * (hidden * (2 + 2 * kv) + mlp)
+    embeddings = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
+    return int(weights * (16 * (1 - sparsity) + 1.1) / 8 + 2 * embeddings)
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    """The GPU, and the versions of what ran on it."""
+    import torch
+    import vllm
+
+    name = torch.cuda.get_device_name(0) if device == "cuda" else device
+    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "vllm": vllm.__version__}
+
+
+def main() -> None:
+    """Run what was asked for, model by model and mode by mode, and write the result after each."""
+    environment()
+    from random_models import SHAPES, write_config
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="*", default=["llama-3-8b"], choices=list(SHAPES))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32])
+    parser.add_argument("--inputs", nargs="+", type=int, default=[128], help="prompt lengths")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--profile", nargs="*", type=int, default=[], help="batches to break a decode step down for")
+    parser.add_argument("--utilization", type=float, default=0.9, help="of the GPU's memory")
+    parser.add_argument("--cudagraph-mode", default="FULL_DECODE_ONLY")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--folder", type=Path, help="for checkpoints; by default /dev/shm or the temporary folder")
+    parser.add_argument(
+        "--same-tokens", type=Path, help="a compressed model to compare with transformers, token by token"
+    )
+    parser.add_argument("--limit-s", type=float, default=300, help="most seconds of one run")
+    parser.add_argument("--budget-s", type=float, default=1e9, help="start no run later than this")
+    parser.add_argument("--commit", help="of the code, where this is no git checkout")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try this script")
+    arguments = parser.parse_args()
+
+    began = time.perf_counter()
+    import transformers  # noqa: F401  (imported once here: every run is forked from this process)
+    import vllm.entrypoints.llm  # noqa: F401
+
+    commit = (
+        arguments.commit
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
+    result: dict[str, Any] = forked(device_facts, arguments.device, limit_s=120) | {
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "sparsity": arguments.sparsity,
+        "tensor_parallel": arguments.tensor_parallel,
+        "import_s": round(time.perf_counter() - began, 1),
+        "runs": [],
+    }
+
+    def record(**entry: Any) -> None:
+        result["runs"].append(entry)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{time.perf_counter() - began:.0f} s: {entry.get('model')} {entry.get('mode', '')}", file=sys.stderr)
+        if "error" in entry:
+            print(entry["error"], file=sys.stderr, flush=True)
+
+    tokens = sorted({*arguments.batches, *(n for n in arguments.inputs if n <= 256)})
+    for name in arguments.models:
+        nbytes = checkpoint_nbytes(SHAPES[name], arguments.sparsity)
+        folder = arguments.folder or room(nbytes)
+        try:
+            for mode in arguments.modes:
+                if time.perf_counter() - began > arguments.budget_s:
+                    record(model=name, mode=mode, error="not started: out of time")
+                    continue
+                directory = folder / f"{name}-{mode}"
+                if mode == "sparse":
+                    job = (prepare, name, directory, arguments.sparsity, tokens, arguments.device)
+                    made = forked(*job, limit_s=arguments.limit_s)
+                    record(model=name, mode="prepare", **made)
+                    if "error" in made:
+                        continue
+                else:
+                    write_config(SHAPES[name], directory)
+                record(model=name, mode=mode, **forked(run, directory, mode, arguments, limit_s=arguments.limit_s))
+                shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            if arguments.folder is None:
+                shutil.rmtree(folder, ignore_errors=True)
+    if arguments.same_tokens is not None:
+        record(model=arguments.same_tokens.name, mode="same tokens", **compare(arguments.same_tokens, arguments))
+    if any("error" in entry for entry in result["runs"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""`SpinferConfig`: vLLM's view of a compressed checkpoint's `quantization_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
+
+from spinfer.checkpoint.config import QUANT_METHOD, CompressionConfig, ModuleEntry
+from spinfer.errors import SpinferError
+from spinfer.integrations.vllm.linear import SpinferLinearMethod
+from spinfer.integrations.vllm.shares import Shard
+from spinfer.integrations.vllm.versions import check_version
+from spinfer.kernels.cpu.backend import CPU_LAYOUT
+from spinfer.kernels.cpu.library import load
+from spinfer.kernels.packed import STORAGE_LAYOUT
+
+
+class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
+    """Which modules are compressed, under vLLM's names."""
+
+    def __init__(self, compression: CompressionConfig) -> None:
+        super().__init__()
+        self.modules: Mapping[str, ModuleEntry] = compression.modules
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpinferConfig:
+        """Parse the entry of config.json.
+
+        Raises:
+            SpinferError: a version of vLLM that the plugin is not tested with.
+            CheckpointError: a format version of the future, or a malformed entry.
+        """
+        check_version(vllm.__version__)
+        if current_platform.is_cpu():
+            # vLLM keeps compiled graphs under a hash of the model's config, this entry included. They name the layout
+            # of the weights, and an installation without the CPU library has another.
+            config["cpu_layout"] = CPU_LAYOUT if load() else STORAGE_LAYOUT
+        return cls(CompressionConfig.from_dict(config))
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Compute capability 8.0."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: config.json says it all."""
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename the modules as vLLM renames the checkpoint's."""
+        self.modules = hf_to_vllm_mapper.apply_dict(dict(self.modules))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """How a layer computes.
+
+        Raises:
+            SpinferError: the checkpoint compresses modules that vLLM computes in another kind of layer.
+        """
+        if isinstance(layer, LinearBase):
+            sources = self._sources(layer, prefix)
+            return SpinferLinearMethod(prefix, sources) if sources else UnquantizedLinearMethod()
+        inside = next((name for name in self.modules if name == prefix or name.startswith(f"{prefix}.")), None)
+        if inside is not None:
+            raise SpinferError(
+                f"{inside} is compressed, but vLLM computes it in {type(layer).__name__}, which takes dense weights "
+                f"only (mixtures of experts are not supported); leave it dense: spinfer compress --ignore '{prefix}*'"
+            )
+        return None
+
+    def _sources(self, layer: nn.Module, prefix: str) -> dict[Shard, tuple[str, ModuleEntry]]:
+        """The compressed modules that make up one of vLLM's layers, by the shard that vLLM loads each into."""
+        if prefix in self.modules:
+            return {None: (prefix, self.modules[prefix])}
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [])
+        shards: Sequence[Shard] = "qkv" if isinstance(layer, QKVParallelLinear) else range(len(parts))
+        names = {shard: f"{parent}.{part}" for shard, part in zip(shards, parts, strict=False)}
+        return {shard: (name, self.modules[name]) for shard, name in names.items() if name in self.modules}
+
+
+def register_config() -> None:
+    """Register with vLLM; again does nothing."""
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(SpinferConfig)

@@ -1,0 +1,74 @@
+"""Run vLLM on a model in a process of its own: a job as JSON on stdin, its result as a marked line of stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "OMP_NUM_THREADS": "1",
+    "GOMP_SPINCOUNT": "0",
+}
+"""Several workers on a few cores: none may wait by spinning."""
+
+_MARK = "RESULT "
+
+
+def serving_environment() -> dict[str, str]:
+    """Environment of a process that runs vLLM."""
+    return os.environ | SETTINGS
+
+
+def vllm_generate(model: Path, prompts: list[str], *, max_tokens: int = 24, **options: Any) -> dict[str, Any]:
+    """Greedy tokens of each prompt, and the bytes of each rank's weights.
+
+    Raises:
+        RuntimeError: vLLM stopped; the message is its output.
+    """
+    job = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "options": options}
+    child = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(job),
+        env=serving_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    if child.returncode:
+        raise RuntimeError(child.stdout + child.stderr)
+    line = next(line for line in child.stdout.splitlines() if line.startswith(_MARK))
+    result: dict[str, Any] = json.loads(line.removeprefix(_MARK))
+    return result
+
+
+def _weights_nbytes(worker: Any) -> int:
+    return sum(parameter.nbytes for parameter in worker.model_runner.model.parameters())
+
+
+def main() -> None:
+    """The child."""
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    llm = LLM(model=job["model"], max_model_len=128, max_num_seqs=4, gpu_memory_utilization=0.2, **job["options"])
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
+    outputs = llm.generate(job["prompts"], sampling, use_tqdm=False)
+    result = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "weights_nbytes": llm.collective_rpc(_weights_nbytes),
+    }
+    print("\n" + _MARK + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Whole models in vLLM: the same tokens as in transformers, at several tensor-parallel sizes and over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import serving_environment, vllm_generate
+
+from conftest import pruned_model, save_with_tokenizer
+from spinfer.checkpoint import compress_checkpoint
+from spinfer.integrations.transformers.models import load_causal_lm, model_linears
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = Path(__file__).with_name("prompts.txt").read_text().splitlines()
+
+
+def transformers_tokens(model: Path, prompts: list[str], count: int) -> list[list[int]]:
+    """Greedy tokens in fp32, where no two logits are as close as rounding makes them in 16 bits."""
+    loaded, tokenizer = load_causal_lm(str(model), dtype="float32")
+    tokens = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = loaded.generate(**inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count)
+        tokens.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M, pruned to 50 % and compressed; `make test-vllm` puts it there."""
+    return Path(os.environ["SPINFER_TEST_MODEL"])
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokens(smollm2: Path) -> list[list[int]]:
+    """What transformers generates."""
+    return transformers_tokens(smollm2, PROMPTS, 24)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes compressed models of several architectures, once each."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(architecture: str) -> Path:
+        output = folder / architecture
+        if not output.exists():
+            dense = save_with_tokenizer(
+                pruned_model(architecture, dtype=torch.float32), folder / f"{architecture}-dense"
+            )
+            found = model_linears(str(dense))
+            compress_checkpoint(dense, output, linears=found.linears, dense=found.dense)
+        return output
+
+    return make
+
+
+def test_the_same_tokens_as_transformers(smollm2: Path, smollm2_tokens: list[list[int]]) -> None:
+    result = vllm_generate(smollm2, PROMPTS, dtype="float32", enforce_eager=True)
+    assert result["tokens"] == smollm2_tokens
+
+
+def test_the_same_tokens_compiled(smollm2: Path, smollm2_tokens: list[list[int]]) -> None:
+    result = vllm_generate(smollm2, PROMPTS[:4], dtype="float32")
+    assert result["tokens"] == smollm2_tokens[:4]
+
+
+def test_three_ranks(smollm2: Path, smollm2_tokens: list[list[int]]) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "mp"}
+    result = vllm_generate(smollm2, PROMPTS, tensor_parallel_size=3, **options)
+    assert result["tokens"] == smollm2_tokens
+
+
+@pytest.mark.parametrize(("architecture", "ranks"), [("llama", 1), ("opt", 1), ("opt", 2), ("wide", 2)])
+def test_architectures(small: Callable[[str], Path], architecture: str, ranks: int) -> None:
+    model = small(architecture)
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
+    if ranks > 1:
+        options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+    result = vllm_generate(model, PROMPTS[:3], max_tokens=8, **options)
+    assert result["tokens"] == transformers_tokens(model, PROMPTS[:3], 8)
+
+
+def refused(model: Path, **options: Any) -> str:
+    """What vLLM says when it stops."""
+    with pytest.raises(RuntimeError) as caught:
+        vllm_generate(model, PROMPTS[:1], enforce_eager=True, **options)
+    return str(caught.value)
+
+
+def test_a_format_version_of_the_future_is_refused(small: Callable[[str], Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(small("llama"), tmp_path / "future"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (model / "config.json").write_text(json.dumps(config))
+    assert "format version 2 is newer than this spinfer reads (1)" in refused(model)
+
+
+def test_a_size_that_cuts_tiles_is_refused(small: Callable[[str], Path]) -> None:
+    message = refused(small("llama"), tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert "tensor-parallel size 2 cuts 'model.layers.0.mlp.gate_proj', 200 x 128, inside of a GroupTile" in message
+
+
+def test_a_missing_shard_is_named(small: Callable[[str], Path], tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    save_with_tokenizer(pruned_model("wide", dtype=torch.float32), dense)
+    found = model_linears(str(dense))
+    model = tmp_path / "sharded"
+    compress_checkpoint(dense, model, linears=found.linears, dense=found.dense, max_shard_nbytes=200_000)
+    files = sorted(model.glob("*.safetensors"))
+    assert len(files) > 2
+    files[1].unlink()
+    message = refused(model, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert "missing from the checkpoint's files" in message
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path) -> Iterator[str]:
+    """`vllm serve`; its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--served-model-name", "sparse"]
+    command += ["--gpu-memory-utilization", "0.2"]
+    process = subprocess.Popen(command, env=serving_environment())
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the server stopped"
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield f"{url}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_served_to_the_openai_client(server: str, smollm2: Path, smollm2_tokens: list[list[int]]) -> None:
+    from openai import OpenAI
+    from transformers import AutoTokenizer
+
+    client = OpenAI(base_url=server, api_key="none")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for prompt, tokens in zip(PROMPTS[:5], smollm2_tokens, strict=False):
+        answer = client.completions.create(model="sparse", prompt=prompt, temperature=0, max_tokens=24)
+        assert tokenizer.decode(tokens).startswith(answer.choices[0].text)
+        assert len(answer.choices[0].text) > 0
