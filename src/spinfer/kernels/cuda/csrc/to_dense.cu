@@ -33,18 +33,18 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(co
   const i64 blocks = static_cast<i64>(p.chunk_count) * kBlocks, step = static_cast<i64>(gridDim.x) * kWarps;
   const i64 begin = static_cast<i64>(blockIdx.x) * kWarps + warp;
   auto chunk_of = [&](i64 i) { return p.first_chunk + static_cast<i32>(i / kBlocks); };
-  BlockCopy current;
-  if (begin < blocks) {
-    current = find_block(p.weight, p.offsets, chunk_of(begin), begin % kBlocks);
-    copy_block(current, begin % kBlocks, buffers, lane);
-  }
+  // Where a block lies is looked up (two dependent loads) one block before its copy, and that one before its decoding.
+  BlockCopy current{}, next{};
+  auto find = [&](i64 i) { return i < blocks ? find_block(p.weight, p.offsets, chunk_of(i), static_cast<int>(i % kBlocks)) : BlockCopy{}; };
+  current = find(begin);
+  if (begin < blocks) copy_block(current, begin % kBlocks, buffers, lane);
+  next = find(begin + step);
   int parity = 0;
   for (i64 i = begin; i < blocks; i += step, parity ^= 1) {
     const u32 buffer = buffers + parity * kBlockBuffer;
-    BlockCopy next = current;
+    if (i + step < blocks) copy_block(next, static_cast<int>((i + step) % kBlocks), buffers + (parity ^ 1) * kBlockBuffer, lane);
+    const BlockCopy after = find(i + 2 * step);
     if (i + step < blocks) {
-      next = find_block(p.weight, p.offsets, chunk_of(i + step), (i + step) % kBlocks);
-      copy_block(next, (i + step) % kBlocks, buffers + (parity ^ 1) * kBlockBuffer, lane);
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
@@ -81,5 +81,6 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(co
     }
     __syncwarp();  // all lanes have read the tile and the buffer before they are written again
     current = next;
+    next = after;
   }
 }
