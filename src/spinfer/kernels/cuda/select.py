@@ -30,8 +30,8 @@ _WORKSPACE_NBYTES = 512 << 20
 
 _BARRIER_NBYTES = 1024
 
-_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _SMALL_US = 3.0e6, 2.4, 0.45, 10.0
-"""Of an H100; see _split_pays and _hopper_choice."""
+_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _SMALL_US, _LARGE_US = 3.0e6, 2.4, 0.45, 10.0, 40.0
+"""Of an H100; see _split_pays, _hopper_choice and hopper_config."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def hopper_config(
     """
     tile = next(tile for tile in _NARROW_TILES if tile >= tokens)
     if split is None:
-        split = 2 if _split_pays(grid, nnz, traits) else 1
+        # At 24 and 32 tokens only the kernel without pairs has wgmma, which large matrices gain more from.
+        split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
     x_nbytes = grid.blocks_k * tile * 128
     fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, grid.blocks_k, tile) + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed

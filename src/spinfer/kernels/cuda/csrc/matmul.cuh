@@ -106,24 +106,34 @@ __device__ __forceinline__ u32 transpose_8x8(u32 v) {
   return r;
 }
 // Writes 16 rows x 8 tokens of y. v: rows g, g, g + 8, g + 8; tokens 2 t, 2 t + 1, likewise, for lane 4 g + t. The whole warp
-// calls it. Transposed, two rows of a token lie in one register.
+// calls it. For many tokens 8 x 8 values are transposed, so that two rows of a token lie in one register; with few there is
+// little to write, and transposing accumulators makes the compiler serialise the wgmmas of 24 and 32 tokens.
 __device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32 token, float4 v, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const float values[4] = {v.x, v.y, v.z, v.w};
-  u16* y = p.y + static_cast<i64>(token + g) * p.out_features;
+  const float values[2][2] = {{v.x, v.y}, {v.z, v.w}};
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const i32 of = row + half * 8 + g;
-    const float bias = p.bias && of < p.out_features ? to_float(p.bias[of]) : 0.f;
-    const u32 both = static_cast<u32>(to_value(values[2 * half] + bias)) | static_cast<u32>(to_value(values[2 * half + 1] + bias)) << 16;
-    const u32 rows = transpose_8x8(both);
-    const i32 m = row + half * 8 + 2 * t;
-    if (token + g >= p.tokens || m >= p.out_features) continue;
-    if ((p.out_features & 1) == 0) {
-      *reinterpret_cast<u32*>(y + m) = rows;
+    const i32 from = row + half * 8, mine = from + g;
+    const float bias = p.bias && mine < p.out_features ? to_float(p.bias[mine]) : 0.f;
+    const u32 both = static_cast<u32>(to_value(values[half][0] + bias)) | static_cast<u32>(to_value(values[half][1] + bias)) << 16;
+    if constexpr (kTokens > 32) {
+      const u32 rows = transpose_8x8(both);
+      const i32 m = from + 2 * t, n = token + g;
+      if (n >= p.tokens || m >= p.out_features) continue;
+      u16* y = p.y + static_cast<i64>(n) * p.out_features + m;
+      if ((p.out_features & 1) == 0) {
+        *reinterpret_cast<u32*>(y) = rows;
+      } else {
+        y[0] = static_cast<u16>(rows);
+        if (m + 1 < p.out_features) y[1] = static_cast<u16>(rows >> 16);
+      }
     } else {
-      y[m] = static_cast<u16>(rows);
-      if (m + 1 < p.out_features) y[m + 1] = static_cast<u16>(rows >> 16);
+      if (mine >= p.out_features) continue;
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        const i32 n = token + 2 * t + b;
+        if (n < p.tokens) p.y[static_cast<i64>(n) * p.out_features + mine] = static_cast<u16>(both >> (16 * b));
+      }
     }
   }
 }
@@ -257,22 +267,20 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
   // With more accumulators the compiler spills; those go by way of a partial even if they are the only one.
   constexpr bool kDirect = kBandsAWarp * kTiles <= 16;
   sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, warp_k, lane, kThreads);
-  if constexpr (kDirect) {
-    if (whole) {
-      if (warp_k == 0) store(p, acc, strip, band, lane);
-      clear(acc);
-      return;
+  if (warp_k == 0) {
+    if (kDirect && whole) {
+      store(p, acc, strip, band, lane);
+    } else {
+      float4* partial = partial_of(p, range, strip) + fragment_index(band, 0, lane);
+#pragma unroll
+      for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+          __stcg(partial + (r * kTiles + n) * 32, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]));
     }
   }
-  if (warp_k == 0) {
-    float4* partial = partial_of(p, range, strip) + fragment_index(band, 0, lane);
-#pragma unroll
-    for (int r = 0; r < kBandsAWarp; r++)
-#pragma unroll
-      for (int n = 0; n < kTiles; n++)
-        __stcg(partial + (r * kTiles + n) * 32, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]));
-  }
-  clear(acc);
+  clear(acc);  // in one place for both, or wgmmas are serialised
+  if (kDirect && whole) return;
   named_barrier<1>(kThreads);
   if (!kDirect && whole) {
     reduce_partials<kThreads>(p, strip, thread);

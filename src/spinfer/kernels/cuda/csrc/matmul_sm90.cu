@@ -6,19 +6,26 @@
 // in size, so they lie back to back in a ring of bytes: a fully dense chunk fits, a sparse one takes only what it needs.
 // Consumer warps open their next block (prefix sums) while they gather and multiply the current one.
 //
-// Up to 16 tokens: 16 consumer warps, one block of each chunk a warp, mma.m16n8k16. More: matmul_wide_sm90.cu.
+// 16 consumer warps, one block of each chunk a warp. Up to 16 tokens, and with kSplit up to 32: mma.m16n8k16. From 17 on
+// without kSplit: wgmma with A in registers, which reads x from shared memory itself (28672 x 8192 at 70 % and 32 tokens: 75 us
+// instead of 85). More than 32: matmul_wide_sm90.cu.
 #include "common.cuh"
 #include "decode.cuh"
 #include "layout.cuh"
 #include "matmul.cuh"
 #include "sm90.cuh"
 
+#define SPINFER_WGMMA (SPINFER_TOKENS > 16 && SPINFER_SPLIT == 1)  // with kSplit it would spill
+#if SPINFER_WGMMA
+#include "wgmma.cuh"
+#endif
+
 constexpr int kWarpsK = kBlocksK;
 constexpr int kConsumerWarps = kBlocks;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 128;  // setmaxnreg works on groups of four warps
 // consumers x registers + producers x registers <= threads x registers at launch, or the kernel would hang.
-constexpr int kConsumerRegisters = 104, kProducerRegisters = 64;
+constexpr int kConsumerRegisters = SPINFER_WGMMA ? 112 : 104, kProducerRegisters = SPINFER_WGMMA ? 32 : 64;
 
 constexpr u32 kBoxBytes = kTokens * 128;          // 64 columns of x
 constexpr u32 kXBytes = kBlocksK * kBoxBytes;     // the columns of one chunk
@@ -65,7 +72,12 @@ struct Consumer {
   const u32 x_lane;   // row lane % 8, 16-byte column lane / 8, swizzled
   const BlockDecoder decoder;
   float acc[2][kTiles][4];
-  uint4 bx[kTiles];
+#if SPINFER_WGMMA
+  u32 a[2][2][4];      // fragments of two steps: one being multiplied, one being decoded
+  u32 to_release = 0;  // barrier of a chunk whose x the latest products may still read
+#else
+  uint4 bx[kTiles];  // x of 32 columns
+#endif
   BlockState state;  // of the block to multiply next
   Note note;         // of the chunk it is in
   u32 chunk_at;      // its shared address
@@ -94,6 +106,16 @@ struct Consumer {
     mbarrier_wait(start + kXLanded + 8 * slot, parity);
   }
   __device__ __forceinline__ void multiply(u32 x_block, int s) {
+#if SPINFER_WGMMA
+    u32(&fragment)[2][4] = a[s % 2];
+    decoder.fragments(fragment, state, s);
+    const u64 descriptor = wgmma_descriptor(x_block) + 2 * s;
+    wgmma_fence();
+    wgmma(acc[0], fragment[0], descriptor);
+    wgmma(acc[1], fragment[1], descriptor);
+    wgmma_commit();
+    wgmma_wait<1>();  // the step before: its fragments are written next
+#else
     if (s % 2 == 0) {
 #pragma unroll
       for (int n = 0; n < kTiles; n++) bx[n] = ldmatrix_x4((x_block + x_lane + n * 1024) ^ (s ? 64u : 0u));
@@ -105,22 +127,45 @@ struct Consumer {
 #pragma unroll
       for (int n = 0; n < kTiles; n++)
         mma_m16n8k16(acc[r][n], fragment[r], (s & 1) ? bx[n].z : bx[n].x, (s & 1) ? bx[n].w : bx[n].y);
+#endif
   }
-  // Multiplies this warp's block of one chunk and gives the chunk back. With kAhead the next chunk is opened meanwhile.
+  // Multiplies this warp's block of one chunk. With kAhead the next chunk is opened meanwhile; without, this one is given back
+  // first. With wgmma a chunk is otherwise given back one step into the next, when its last products are complete.
   template <bool kAhead>
   __device__ __forceinline__ void chunk(Note& next) {
-    const u32 empty = start + kEmpty + 8 * slot, x_now = x;
+    const u32 empty = start + kEmpty + 8 * slot, x_now = x, next_at = note.next_chunk;
     BlockState ahead;
-    chunk_at = note.next_chunk;
     x += kXBytes;
     if (++slot == p.slots) slot = 0, parity ^= 1, x = x_first;
+#if SPINFER_WGMMA
+    multiply(x_now, 0);
+    if (to_release) {
+      give_back(to_release);
+      to_release = 0;
+    }
+#endif
     if (kAhead) {
-      load_chunk(next, ahead, chunk_at);
+      load_chunk(next, ahead, next_at);
       decoder.open(ahead);
     }
 #pragma unroll
-    for (int s = 0; s < 4; s++) multiply(x_now, s);
+    for (int s = SPINFER_WGMMA; s < 4; s++) multiply(x_now, s);
     if (kAhead) state = ahead;
+    chunk_at = next_at;
+#if SPINFER_WGMMA
+    if (kAhead) {
+      to_release = empty;
+      return;
+    }
+    wgmma_wait<0>();
+    to_release = 0;
+#endif
+    give_back(empty);
+#if SPINFER_WGMMA
+    open_next(next);
+#endif
+  }
+  __device__ __forceinline__ void give_back(u32 empty) const {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty);
   }
@@ -184,22 +229,34 @@ struct Consumer {
     open_next(note);
     while (true) {
       Note next;
+#if SPINFER_WGMMA
+      // An inner loop as below would make the compiler move fragments between registers and serialise the wgmmas.
+      if (note.flags & kReleaseFirst) {
+        chunk<false>(next);
+      } else {
+        chunk<true>(next);
+      }
+      if (note.flags & kEndOfSegment) wgmma_wait<0>();
+      if (note.flags & kEndOfSegment) finish(note.strip);
+#else
       while (note.flags == 0) {
         chunk<true>(next);
         note = next;
       }
       chunk<false>(next);  // a range ends with a segment, so this is no end of work
-      if (note.flags & kEndOfSegment) {
-        wait_for_predecessor();  // it may still use the partials, or read y
-        if constexpr (kSplit > 1) {
-          finish_split(note.strip);
-        } else {
-          finish_segment<kWarpsK>(p, acc, note.strip, start + kScratch, start + kFlag, warp_m * 2, warp_k, lane);
-        }
-      }
+      if (note.flags & kEndOfSegment) finish(note.strip);
       open_next(next);
+#endif
       if (next.flags & kEndOfWork) return;
       note = next;
+    }
+  }
+  __device__ __forceinline__ void finish(i32 strip) {
+    wait_for_predecessor();  // it may still use the partials, or read y
+    if constexpr (kSplit > 1) {
+      finish_split(strip);
+    } else {
+      finish_segment<kWarpsK>(p, acc, strip, start + kScratch, start + kFlag, warp_m * 2, warp_k, lane);
     }
   }
 };
