@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import spinfer
 from conftest import ARCHITECTURES, pruned_model
 from spinfer.errors import CheckpointError, SpinferError
-from spinfer.integrations.transformers.mapped_files import MappedFiles
+from spinfer.integrations.transformers.memory import MappedFiles
 from spinfer.integrations.transformers.quantizer import SpinferConfig
 
 WITH_LINEARS = [name for name in ARCHITECTURES if name != "gpt2"]

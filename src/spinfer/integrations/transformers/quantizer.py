@@ -17,7 +17,7 @@ from spinfer.checkpoint.header import read_header
 from spinfer.checkpoint.stored import check_headers
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import FORMAT_VERSION
-from spinfer.integrations.transformers.mapped_files import MappedFiles
+from spinfer.integrations.transformers.memory import MappedFiles, trim_heap
 from spinfer.linear import SparseLinear
 from spinfer.model import Replacement, replace_linears, restore_linears
 
@@ -111,6 +111,7 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if files.hold(tensor):
                 view, tensor.data = tensor.data, tensor.data.clone()
                 files.release(view)
+        trim_heap()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -188,6 +189,7 @@ def compress_model(
     if getattr(model, "hf_quantizer", None) is not None:
         raise SpinferError("the model is quantised already; compress the unquantised one")
     result = replace_linears(model, include=include, ignore=ignore, progress=progress)
+    trim_heap()
     if isinstance(model, PreTrainedModel):
         config = _config_of(model, result.dense)
         quantizer = SpinferHfQuantizer(config, pre_quantized=True)

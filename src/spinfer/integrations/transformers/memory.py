@@ -1,8 +1,4 @@
-"""Checkpoint files that stay mapped behind the tensors loaded from them.
-
-safetensors maps a file, and a tensor loaded as it is stored is a view of it. Whatever is read becomes resident, and
-stays so until the last view of the file is gone: after packing, the weights would be in memory twice.
-"""
+"""Memory that loading and packing are done with goes back to the system."""
 
 from __future__ import annotations
 
@@ -13,8 +9,19 @@ from pathlib import Path
 from torch import Tensor
 
 
+def trim_heap() -> None:
+    """Give back what the C library keeps of freed memory: pieces of up to 32 MiB, so all of a small model's weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 class MappedFiles:
-    """The safetensors files that are mapped now; none where the system has no /proc."""
+    """The safetensors files that are mapped now; none where the system has no /proc.
+
+    safetensors maps a file, and a tensor loaded as it is stored is a view of it. Whatever is read becomes resident, and
+    stays so until the last view of the file is gone: after packing, the weights would be in memory twice.
+    """
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
