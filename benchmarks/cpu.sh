@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of this machine's CPU, in about 15 minutes on two quiet cores: benchmarks/cpu.sh DIRECTORY [PRUNED_SMOLLM2]
+# Every result of this machine's CPU, in 15 to 20 minutes on two quiet cores: benchmarks/cpu.sh DIRECTORY [PRUNED_SMOLLM2]
 # Resumes what it finds in DIRECTORY, and measures rows again that other processes disturbed. `make demo` leaves a pruned
 # model in .demo/smollm2-135m-pruned.
 set -euo pipefail
