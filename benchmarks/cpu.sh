@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every result of this machine's CPU, in about 15 minutes on two quiet cores: benchmarks/cpu.sh DIRECTORY [PRUNED_MODEL_DIR]
+# Every result of this machine's CPU, in 15 to 20 minutes on two quiet cores: benchmarks/cpu.sh DIRECTORY [PRUNED_SMOLLM2]
 # Resumes what it finds in DIRECTORY, and measures rows again that other processes disturbed. `make demo` leaves a pruned
 # model in .demo/smollm2-135m-pruned.
 set -euo pipefail
@@ -18,4 +18,4 @@ ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 SPINFER_CPU_TIER=avx2 \
 "$python" -m spinfer.bench.linear_cpu_report "$directory-avx2"
 "$python" benchmarks/pack_cpu.py "$directory/pack.json"
 "$python" benchmarks/decode_cpu.py "$directory/decode_llama1b.json"
-if [ -n "$model" ]; then "$python" benchmarks/decode_cpu.py "$directory/decode_$(basename "$model").json" "$model"; fi
+if [ -n "$model" ]; then "$python" benchmarks/decode_cpu.py "$directory/decode_smollm2.json" "$model"; fi

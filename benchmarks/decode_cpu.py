@@ -73,7 +73,9 @@ def print_memory(directory: Path, dtype: str) -> None:
     before = memory_mb("VmRSS")
     model = load(directory, dtype)
     run_once(model, torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64), 4)
-    print(json.dumps({"imports_mb": before, "resident_mb": memory_mb("VmRSS"), "peak_mb": memory_mb("VmHWM")}))
+    weights = round(model.get_memory_footprint() / 1e6, 1)
+    resident = {"resident_mb": memory_mb("VmRSS"), "peak_mb": memory_mb("VmHWM")}
+    print(json.dumps({"weights_mb": weights, "imports_mb": before, **resident}))
 
 
 def run_this(*arguments: object) -> str:
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="a pruned dense model")
     parser.add_argument("--sparsity", type=float, default=0.6, help="of the random weights")
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each model; 0: memory only")
     parser.add_argument(
         "--memory-as", choices=DTYPES, help=argparse.SUPPRESS
     )  # in a process of its own: OUT is a model
@@ -107,27 +109,22 @@ def main() -> None:
             label: json.loads(run_this(__file__, directory, "--memory-as", dtype))
             for label, directory, dtype in variants(dense, sparse)
         }
-        models = {label: load(directory, dtype) for label, directory, dtype in variants(dense, sparse)}
-    timings = time_models(models, prompt_tokens=PROMPT_TOKENS, new_tokens=args.new_tokens, repeats=args.repeats)
+        speed = {label: {} for label in memory}
+        if args.repeats:
+            models = {label: load(directory, dtype) for label, directory, dtype in variants(dense, sparse)}
+            timings = time_models(models, prompt_tokens=PROMPT_TOKENS, new_tokens=args.new_tokens, repeats=args.repeats)
+            speed = {label: dataclasses.asdict(timing) for label, timing in timings.items()}
     result = {
         "model": args.model.name if args.model else f"Llama-3.2-1B shape, random, {args.sparsity:.0%} sparse",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load_average_1_minute": load_average,
         "date": time.strftime("%Y-%m-%d"),
-        "runs": {
-            label: dataclasses.asdict(timing)
-            | {"weights_mb": round(models[label].get_memory_footprint() / 1e6, 1)}
-            | memory[label]
-            for label, timing in timings.items()
-        },
+        "runs": {label: speed[label] | memory[label] for label in memory},
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for label, run in result["runs"].items():
-        print(
-            f"{label}: {run['decode_tokens_per_s']:.1f} tokens/s, {run['weights_mb']:.0f} MB of weights, "
-            f"{run['resident_mb']:.0f} MB resident"
-        )
+        print(label, *(f"{name} {value:.1f}" for name, value in run.items()), sep=", ")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import spinfer
 from conftest import ARCHITECTURES, pruned_model
 from spinfer.errors import CheckpointError, SpinferError
+from spinfer.integrations.transformers.memory import MappedFiles
 from spinfer.integrations.transformers.quantizer import SpinferConfig
 
 WITH_LINEARS = [name for name in ARCHITECTURES if name != "gpt2"]
@@ -83,6 +84,30 @@ def test_a_loaded_model_keeps_no_file_mapped(architecture: str, tmp_path: Path) 
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     head = loaded.get_output_embeddings().weight
     assert (head is loaded.get_input_embeddings().weight) == model.config.tie_word_embeddings
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="sees resident pages through /proc")
+def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
+    def resident_kb() -> int:
+        ours = False
+        total = 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split(maxsplit=1)[0]:
+                ours = line.endswith(str(tmp_path / "model.safetensors"))
+            elif ours and line.startswith("Rss:"):
+                total += int(line.split()[1])
+        return total
+
+    save_file({"a": torch.arange(1 << 20), "b": torch.ones(8)}, tmp_path / "model.safetensors")
+    mapped = load_file(tmp_path / "model.safetensors")
+    files = MappedFiles()
+    read = mapped["a"].clone()
+    assert files.hold(mapped["a"])
+    assert not files.hold(read)
+    assert resident_kb() >= 8 << 10
+    files.release(mapped["a"])
+    assert resident_kb() < 1 << 10
+    assert torch.equal(mapped["a"], read)
 
 
 def test_generate_and_dequantize(architecture: str, tokens: Tensor, tmp_path: Path) -> None:

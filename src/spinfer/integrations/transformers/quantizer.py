@@ -17,6 +17,7 @@ from spinfer.checkpoint.header import read_header
 from spinfer.checkpoint.stored import check_headers
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import FORMAT_VERSION
+from spinfer.integrations.transformers.memory import MappedFiles, trim_heap
 from spinfer.integrations.transformers.tensor_parallel import keep_share, load_whole
 from spinfer.linear import SparseLinear
 from spinfer.model import Replacement, replace_linears, restore_linears
@@ -91,6 +92,7 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
             load_whole(model, path, sparse)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        files = MappedFiles()
         for name, entry in self.quantization_config.parsed().modules.items():
             path = _module_path(model, name)
             module = model.get_submodule(path)
@@ -98,7 +100,8 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if module.weight.device.type == "meta":  # offloaded: accelerate brings the storage parts in for each call
                 continue
             try:
-                entry.check(module.storage)
+                storage = module.storage
+                entry.check(storage)
                 keep_share(model, path, module)
                 module.pack_()  # which validates the parts
             except FormatError as error:
@@ -106,7 +109,13 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{getattr(model.config, 'name_or_path', '') or 'checkpoint'}: the parts of {name} disagree: "
                     f"{error}. The files are damaged or incomplete; fetch or compress the model again"
                 ) from error
-        _leave_files(model)
+            for part in (storage.values, storage.bitmap, storage.offsets):
+                files.release(part)
+        for tensor in (*model.parameters(), *model.buffers()):  # one dense view would keep the whole file mapped
+            if files.hold(tensor):
+                view, tensor.data = tensor.data, tensor.data.clone()
+                files.release(view)
+        trim_heap()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -144,17 +153,6 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-
-
-def _leave_files(model: nn.Module) -> None:
-    """Copy the dense tensors out of the mapped checkpoint files.
-
-    One of them would keep its whole file mapped, and so resident what packing has read of it: the weights twice.
-    """
-    packed = {id(part) for module in _sparse_modules(model).values() for part in module.buffers()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and id(tensor) not in packed:
-            tensor.data = tensor.data.clone()
 
 
 def _module_path(model: PreTrainedModel, name: str) -> str:
@@ -201,6 +199,7 @@ def compress_model(
     if getattr(model, "hf_quantizer", None) is not None:
         raise SpinferError("the model is quantised already; compress the unquantised one")
     result = replace_linears(model, include=include, ignore=ignore, progress=progress)
+    trim_heap()
     if isinstance(model, PreTrainedModel):
         config = _config_of(model, result.dense)
         quantizer = SpinferHfQuantizer(config, pre_quantized=True)

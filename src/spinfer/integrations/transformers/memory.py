@@ -1,0 +1,45 @@
+"""Memory that loading and packing are done with goes back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+from torch import Tensor
+
+
+def trim_heap() -> None:
+    """Give back what the C library keeps of freed memory: pieces of up to 32 MiB, so all of a small model's weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+class MappedFiles:
+    """The safetensors files that are mapped now; none where the system has no /proc.
+
+    safetensors maps a file, and a tensor loaded as it is stored is a view of it. Whatever is read becomes resident, and
+    stays so until the last view of the file is gone: after packing, the weights would be in memory twice.
+    """
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        maps = Path("/proc/self/maps")
+        for line in maps.read_text().splitlines() if maps.exists() else ():
+            addresses, permissions, *_ = line.split(maxsplit=2)
+            if line.endswith(".safetensors") and permissions.endswith("p"):
+                first, last = addresses.split("-")
+                self._ranges.append((int(first, 16), int(last, 16)))
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view of one of the files."""
+        return tensor.device.type == "cpu" and any(start <= tensor.data_ptr() < end for start, end in self._ranges)
+
+    def release(self, tensor: Tensor) -> None:
+        """Give back the pages that only this tensor covers; reading it again would read the file again."""
+        page = mmap.PAGESIZE
+        start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+        if start < end and self.hold(tensor):
+            # A hint about clean pages of a private mapping: there is nothing to do where it fails.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
