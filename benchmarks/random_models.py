@@ -1,7 +1,11 @@
-"""Models of real shapes with random weights: a config.json for dense runs, a compressed checkpoint for sparse ones."""
+"""Models of real shapes with random weights: a config.json for dense runs, a compressed checkpoint for sparse ones.
+
+`python benchmarks/random_models.py llama-3-8b DIR` writes such a checkpoint.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,3 +168,20 @@ def _planned(name: str, parameter: Tensor, linears: Any) -> Planned:
     module = name.removesuffix(".weight")
     names = storage_names(module) if module in linears else (name,)
     return Planned(names, parameter.numel() * 2 // (8 if module in linears else 1), 2)
+
+
+def main() -> None:
+    """Write one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(SHAPES))
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.name]
+    nbytes = write_compressed(shape, arguments.directory, sparsity=arguments.sparsity, device=arguments.device)
+    print(f"{arguments.directory}: {nbytes / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -115,7 +115,7 @@ class Engine:
     def __init__(self, directory: Path, mode: str, arguments: argparse.Namespace) -> None:
         from vllm import LLM
 
-        options: dict[str, Any] = {"load_format": "auto" if mode == "sparse" else "dummy"}
+        options: dict[str, Any] = {"load_format": "dummy" if mode in ("bf16", "fp8") else "auto"}
         if mode == "fp8":
             options["quantization"] = "fp8"
         if arguments.enforce_eager:
@@ -234,7 +234,7 @@ def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[s
 
     from spinfer.integrations.transformers.sizing import fit, model_size
 
-    if mode == "fp8" or arguments.device == "cpu":
+    if mode not in ("bf16", "sparse") or arguments.device == "cpu":
         return None
     size = model_size(str(directory))
     weights = size.compressed_nbytes(arguments.sparsity) if mode == "sparse" else size.dense_nbytes
@@ -346,6 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=["llama-3-8b"], choices=list(SHAPES))
+    parser.add_argument("--directories", nargs="*", type=Path, default=[], help="models on disk, dense or compressed")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32])
     parser.add_argument("--inputs", nargs="+", type=int, default=[128], help="prompt lengths")
@@ -417,6 +418,12 @@ def main() -> None:
         finally:
             if arguments.folder is None:
                 shutil.rmtree(folder, ignore_errors=True)
+    for directory in arguments.directories:
+        record(
+            model=directory.name,
+            mode="on disk",
+            **forked(run, directory, "on disk", arguments, limit_s=arguments.limit_s),
+        )
     if arguments.same_tokens is not None:
         record(model=arguments.same_tokens.name, mode="same tokens", **compare(arguments.same_tokens, arguments))
     if any("error" in entry for entry in result["runs"]):

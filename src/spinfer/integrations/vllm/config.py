@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
 from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_world_group
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.platforms import current_platform
 
 from spinfer.checkpoint.config import QUANT_METHOD, CompressionConfig, ModuleEntry
-from spinfer.errors import SpinferError
+from spinfer.checkpoint.stored import CompressedCheckpoint
+from spinfer.errors import CheckpointError, SpinferError
+from spinfer.integrations.vllm.agree import agree
 from spinfer.integrations.vllm.linear import SpinferLinearMethod
 from spinfer.integrations.vllm.shares import Shard
 from spinfer.integrations.vllm.versions import check_version
@@ -29,6 +34,7 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, compression: CompressionConfig) -> None:
         super().__init__()
         self.modules: Mapping[str, ModuleEntry] = compression.modules
+        self._files_checked = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SpinferConfig:
@@ -73,7 +79,11 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
 
         Raises:
             SpinferError: the checkpoint compresses modules that vLLM computes in another kind of layer.
+            CheckpointError: files are missing or damaged on any rank; every rank raises the same.
         """
+        if not self._files_checked:
+            self._files_checked = True
+            agree(get_world_group(), self._file_error())
         if isinstance(layer, LinearBase):
             sources = self._sources(layer, prefix)
             return SpinferLinearMethod(prefix, sources) if sources else UnquantizedLinearMethod()
@@ -83,6 +93,17 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
                 f"{inside} is compressed, but vLLM computes it in {type(layer).__name__}, which takes dense weights "
                 f"only (mixtures of experts are not supported); leave it dense: spinfer compress --ignore '{prefix}*'"
             )
+        return None
+
+    def _file_error(self) -> str | None:
+        """What is wrong with this rank's copy of the checkpoint, by its headers; vLLM passes over missing files."""
+        model = get_current_vllm_config().model_config
+        if model is None or not Path(model.model).is_dir():
+            return None
+        try:
+            CompressedCheckpoint(model.model)
+        except CheckpointError as error:
+            return str(error)
         return None
 
     def _sources(self, layer: nn.Module, prefix: str) -> dict[Shard, tuple[str, ModuleEntry]]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -17,6 +16,7 @@ from spinfer.checkpoint.config import ModuleEntry
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import TcaBmeTensor, encode
 from spinfer.format.cut import can_join_rows, cut_columns, cut_rows, join_rows
+from spinfer.integrations.vllm.agree import agree
 from spinfer.integrations.vllm.shares import Shard, Share, fused, shares
 from spinfer.kernels import PackedWeight, pack
 from spinfer.linear import STORAGE_NAMES
@@ -139,7 +139,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         if self._calls:  # vLLM may process a layer again
             return
-        self._agree(self._error or self._missing())
+        agree(get_tp_group(), self._error or self._missing())
         for name in STORAGE_NAMES[1:]:
             delattr(layer, name)
         calls = []
@@ -159,18 +159,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
             if not any(share.shard == shard and share in self._pieces for share in self._shares):
                 lacking = [part for part in STORAGE_NAMES if part not in self._parts.get(shard, {})]
                 return f"{', '.join(f'{name}.{part}' for part in lacking)} missing from the checkpoint's files"
-        return "a dense weight is missing from the checkpoint's files"
-
-    def _agree(self, error: str | None) -> None:
-        """Raise on all ranks what is wrong on any, so that none waits for another that has stopped."""
-        group = get_tp_group()
-        errors = [error]
-        if group.world_size > 1:
-            errors = [None] * group.world_size
-            torch.distributed.all_gather_object(errors, error, group=group.cpu_group)
-        found = [f"rank {rank}: {text}" if len(errors) > 1 else text for rank, text in enumerate(errors) if text]
-        if found:
-            raise CheckpointError(f"{self._prefix}: {'; '.join(found)}")
+        return f"{self._prefix}: a dense weight is missing from the checkpoint's files"
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute y = x W^T + bias; x is (..., K), y (..., M) of x's dtype."""
