@@ -294,7 +294,7 @@ def large(args: argparse.Namespace) -> dict[str, Any]:
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """`spinfer prune` as a process: wall time and the most memory that it held."""
-    with tempfile.TemporaryDirectory(dir=args.out.parent if args.out else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "spinfer", "prune", args.model, "-o", Path(folder, "out"), "--json"]
         command += ["--method", args.method, "--sparsity", args.sparsity, "--calibration", args.calibration]
         command += ["--num-samples", args.num_samples, "--sequence-length", args.sequence_length]
