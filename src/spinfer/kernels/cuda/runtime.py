@@ -115,7 +115,7 @@ def _launch_config(shape: LaunchShape) -> Any:
 
 
 _thread: _ThreadState | None = None
-_lock = threading.Lock()
+_lock, _load_lock = threading.Lock(), threading.Lock()
 
 
 def _thread_state() -> _ThreadState:
@@ -170,9 +170,14 @@ class Kernel:
             raise LaunchError(f"launching {self._kernel} failed: {status.name}")
 
 
-@functools.cache
 def load(source: KernelSource, name: str) -> Kernel:
     """The kernel, compiled and loaded once a process; it runs on every device of its architecture."""
+    with _load_lock:  # importing cuda.core from two threads at once fails
+        return _loaded(source, name)
+
+
+@functools.cache
+def _loaded(source: KernelSource, name: str) -> Kernel:
     return Kernel(source, name)
 
 

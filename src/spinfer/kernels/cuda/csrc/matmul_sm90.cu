@@ -15,7 +15,8 @@
 #include "matmul.cuh"
 #include "sm90.cuh"
 
-#define SPINFER_WGMMA (SPINFER_TOKENS > 16 && SPINFER_SPLIT == 1)  // with kSplit it would spill
+// Not with kSplit, where it would spill, nor with chunks of 64 rows, where the warps of a warpgroup read different x.
+#define SPINFER_WGMMA (SPINFER_TOKENS > 16 && SPINFER_SPLIT == 1 && SPINFER_BLOCKS_M >= 4)
 #if SPINFER_WGMMA
 #include "wgmma.cuh"
 #endif
