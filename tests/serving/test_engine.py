@@ -22,6 +22,7 @@ from engine import serving_environment, vllm_generate
 from conftest import pruned_model, save_with_tokenizer
 from spinfer.checkpoint import compress_checkpoint
 from spinfer.integrations.transformers.models import load_causal_lm, model_linears
+from spinfer.integrations.transformers.sizing import model_size
 
 pytestmark = pytest.mark.vllm
 
@@ -84,6 +85,9 @@ def test_three_ranks(smollm2: Path, smollm2_tokens: list[list[int]]) -> None:
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "mp"}
     result = vllm_generate(smollm2, PROMPTS, tensor_parallel_size=3, **options)
     assert result["tokens"] == smollm2_tokens
+    dense_share = 2 * model_size(str(smollm2)).dense_nbytes / 3  # fp32 takes twice the bytes
+    assert len(result["weights_nbytes"]) == 3
+    assert max(result["weights_nbytes"]) < 0.7 * dense_share
 
 
 @pytest.mark.parametrize(("architecture", "ranks"), [("llama", 1), ("opt", 1), ("opt", 2), ("wide", 2)])
