@@ -30,8 +30,8 @@ _WORKSPACE_NBYTES = 512 << 20
 
 _BARRIER_NBYTES = 1024
 
-_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _SMALL_US, _LARGE_US = 3.0e6, 2.4, 0.45, 10.0, 40.0
-"""Of an H100; see _split_pays, _hopper_choice and hopper_config."""
+_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 2.4, 0.45, 40.0
+"""Of an H100; see _split_pays and hopper_config."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,10 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
 def _hopper_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> HopperConfig | WideConfig:
     if tokens <= _MAX_NARROW:
         config = hopper_config(grid, nnz, tokens, traits)
-        # Between the two, x takes so much shared memory that a large matrix waits for its chunks: 8192 x 28672 at 32
-        # tokens and 30 % takes 167 us with 3 slots; the other kernel takes 130 even at 48 tokens.
-        enough = 3 if _copies_us(grid, nnz) < _SMALL_US else 4
+        # Between the two, x takes so much shared memory that a denser matrix waits for its chunks: 8192 x 8192 at 32
+        # tokens and 30 % takes 53 us with 3 slots, 39 with the other kernel; at 60 % and with 4 slots 29 against 32.
+        # With chunks of 64 rows 3 are enough: 4096 x 14336 at 24 tokens and 60 % takes 24 us, with the other kernel 31.
+        enough = 3 if grid.blocks_m == 2 else 4
         if tokens <= _NARROW or config.slots >= enough:
             return config
     return wide_config(grid, nnz, tokens, traits)
