@@ -14,8 +14,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "demo"))
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
+import vllm_report  # noqa: E402
 from table import table  # noqa: E402  (the demo's own)
 
 from spinfer.bench.kernel_report import PLOTS, Sweep, report, speedups_over_tokens, write  # noqa: E402
@@ -29,6 +30,7 @@ DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
 PRUNING = RESULTS / "h100" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
+VLLM = RESULTS / "h100" / "vllm.json"
 
 
 def linked(text: str, file: Path) -> str:
@@ -110,6 +112,18 @@ def decode() -> str:
             lines.append(f"| {label} | {' | '.join(f'{run[name]:,.1f}' for name in known)} |")
         parts.append(linked("\n".join(lines), file))
     return "\n\n".join(parts)
+
+
+def vllm() -> str:
+    """Decode speed in vLLM, and what a GPU then has room for."""
+    result = json.loads(VLLM.read_text())
+    what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
+    return linked(f"{what}\n\n{vllm_report.speed(result)}\n\n{vllm_report.memory(result)}", VLLM)
+
+
+def vllm_step() -> str:
+    """Where the time of a decode step goes."""
+    return linked(f"{vllm_report.breakdown(json.loads(VLLM.read_text()))}\n\nMicroseconds.", VLLM)
 
 
 def pruning() -> str:
@@ -215,8 +229,9 @@ def useful() -> str:
 
 
 BLOCKS = {
-    "README.md": {"demo": demo, "pruning": useful, "cpu": cpu, "decode": decode, "gpu": gpu},
+    "README.md": {"demo": demo, "pruning": useful, "vllm": vllm, "cpu": cpu, "decode": decode, "gpu": gpu},
     "docs/pruning.md": {"pruning": pruning, "cost": cost},
+    "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step},
 }
 
 
