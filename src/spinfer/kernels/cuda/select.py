@@ -19,8 +19,8 @@ _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
 _MOST_HOPPER = 448
-"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: passes of 128 tokens take 155 us each;
-decoding takes 310 us and cuBLAS 372 at 512 tokens. benchmarks/results/h100/kernel.json."""
+"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: passes of 128 tokens take 148 us each;
+decoding takes 330 us and cuBLAS 308 at 512 tokens. benchmarks/results/h100/kernel.json."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
