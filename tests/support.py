@@ -39,14 +39,16 @@ def sparse(
 
 
 def relative_error(y: Tensor, x: Tensor, weight: TcaBmeTensor, bias: Tensor | None = None) -> float:
-    """Largest error against the oracle, over the magnitude of the terms that each sum adds up."""
+    """Largest error against the oracle, over the magnitude of the terms that each sum adds up, or the smallest normal
+    number of y's type, below which rounding is absolute.
+    """
     exact = reference(x, weight, bias)
     scale = x.double().abs() @ weight.decode().double().abs().t()
     if bias is not None:
         scale = scale + bias.double().abs()
     error = (y.double() - exact).abs()
     assert not error.isnan().any()
-    return float((error / scale.clamp_min(1e-30)).max()) if error.numel() else 0.0
+    return float((error / scale.clamp_min(torch.finfo(y.dtype).smallest_normal)).max()) if error.numel() else 0.0
 
 
 class ReversedBackend:

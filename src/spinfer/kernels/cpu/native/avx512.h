@@ -327,9 +327,9 @@ void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
 }  // namespace
 
 #ifdef SPINFER_BF16_TIER
-const Tier kAvx512Bf16 = {"avx512bf16", supported, keeps_bf16, prepare, run, pack_panel_avx512};
+const Tier kAvx512Bf16 = {"avx512bf16", supported, keeps_bf16, prepare, run, pack_panel_avx512, pack_panel_avx512};
 #else
-const Tier kAvx512 = {"avx512", supported, keeps_bf16, prepare, run, pack_panel_avx512};
+const Tier kAvx512 = {"avx512", supported, keeps_bf16, prepare, run, pack_panel_avx512, pack_panel_avx512};
 #endif
 
 }  // namespace spinfer

@@ -48,6 +48,8 @@ struct Pass {
 // Advances `to`; returns where the next values start.
 using PackPanel16 = const uint16_t* (*)(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
                                         uint16_t*& to, uint32_t* masks);
+using PackPanel32 = const uint32_t* (*)(const uint32_t* from, const uint64_t* words, int64_t pairs, uint32_t*& to,
+                                        uint32_t* masks);
 
 struct Tier {
   const char* name;
@@ -59,8 +61,9 @@ struct Tier {
   // Compute the panels [first, last); `totals` has room for 32 * tokens floats, `kRunPanels` times that above
   // kStreamTokens.
   void (*run)(const Pass& pass, int64_t first, int64_t last, float* totals);
-  // For 16-bit values, where the tier has something faster than the portable way.
+  // Where the tier has something faster than the portable way.
   PackPanel16 pack_panel16;
+  PackPanel32 pack_panel32;
 };
 
 // With up to this many tokens, a panel is streamed from its first value to its last; with more, `kRunPanels` panels share
@@ -79,6 +82,8 @@ extern const Tier kAvx512Bf16;
 
 const uint16_t* pack_panel_avx512(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
                                   uint16_t*& to, uint32_t* masks);
+const uint32_t* pack_panel_avx512(const uint32_t* from, const uint64_t* words, int64_t pairs, uint32_t*& to,
+                                  uint32_t* masks);
 #endif
 
 }  // namespace spinfer

@@ -161,8 +161,8 @@ const Value* pack_panel(const Value* from, const uint64_t* words, int64_t pairs,
 }
 
 template <class Order, class Value>
-bool pack_rows(PackPanel16 pack_panel16, const Value* values_in, const uint64_t* bitmap, const int32_t* offsets_in, const Grid& grid,
-               const int64_t* offsets, Value* values, uint32_t* masks, int64_t group_row) {
+bool pack_rows(const Tier& tier, const Value* values_in, const uint64_t* bitmap, const int32_t* offsets_in,
+               const Grid& grid, const int64_t* offsets, Value* values, uint32_t* masks, int64_t group_row) {
   bool zero_padding = true;
   const int64_t panels = grid.panels_of(group_row);
   Value* next[2];
@@ -175,10 +175,13 @@ bool pack_rows(PackPanel16 pack_panel16, const Value* values_in, const uint64_t*
     for (int64_t p = 0; p < panels; ++p) {
       uint32_t* to_masks = masks + ((2 * group_row + p) * grid.pairs() + tile_col * kTilePairs) * 2;
       if constexpr (sizeof(Value) == 2) {
-        if (pack_panel16) {
-          from = pack_panel16(from, words + 32 * p, pairs, Order::bit(1, 0) == 2, next[p], to_masks);
+        if (tier.pack_panel16) {
+          from = tier.pack_panel16(from, words + 32 * p, pairs, Order::bit(1, 0) == 2, next[p], to_masks);
           continue;
         }
+      } else if (tier.pack_panel32) {
+        from = tier.pack_panel32(from, words + 32 * p, pairs, next[p], to_masks);
+        continue;
       }
       from = pack_panel<Order>(from, words + 32 * p, pairs, next[p], to_masks);
     }
@@ -335,7 +338,7 @@ int spinfer_cpu_pack(int tier, const void* values_in, const uint64_t* bitmap, co
     using Order = decltype(order);
     using Value = decltype(value);
     parallel_for(threads, grid.rows(), 1, [&](int64_t row, int64_t) {
-      if (!pack_rows<Order>(usable->pack_panel16, static_cast<const Value*>(values_in), bitmap, offsets_in, grid, offsets,
+      if (!pack_rows<Order>(*usable, static_cast<const Value*>(values_in), bitmap, offsets_in, grid, offsets,
                             static_cast<Value*>(values), masks, row)) {
         result.store(SPINFER_BAD_PADDING, std::memory_order_relaxed);
       }

@@ -1,4 +1,5 @@
-// Packing of 16-bit values with AVX-512: expand the words of the bitmap, transpose in registers, compress by the masks.
+// Packing with AVX-512: expand the words of the bitmap, transpose, compress by the masks. 16-bit values are transposed in
+// registers, 32-bit ones by gathers from a small buffer.
 #include <immintrin.h>
 
 #include "kernel.h"
@@ -81,7 +82,43 @@ const uint16_t* pack_panel(const uint16_t* from, const uint64_t* words, int64_t 
   return from;
 }
 
+const uint32_t* pack_panel(const uint32_t* from, const uint64_t* words, int64_t pairs, uint32_t*& to, uint32_t* masks) {
+  const __m512i by_row = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+  __m512i dense[64][2];  // [column][half]: 16 rows
+  uint32_t mask[32][2];
+  for (int half = 0; half < 2; ++half) {
+    for (int block = 0; block < 8; ++block) {  // 16 rows x 8 columns: two words
+      const uint64_t upper = words[half * 16 + block * 2], lower = words[half * 16 + block * 2 + 1];
+      alignas(64) int32_t rows[16 * 8];
+      for (int i = 0; i < 8; ++i) {  // two rows at a time
+        const uint32_t bits = uint32_t((i < 4 ? upper : lower) >> (16 * (i & 3))) & 0xffff;
+        _mm512_store_si512(rows + 16 * i, _mm512_maskz_expandloadu_epi32(__mmask16(bits), from));
+        from += _mm_popcnt_u32(bits);
+      }
+      for (int col = 0; col < 8; ++col) dense[8 * block + col][half] = _mm512_i32gather_epi32(by_row, rows + col, 4);
+      for (int j = 0; j < 4; ++j) mask[4 * block + j][half] = mask_of<false>(upper, lower, j);
+    }
+  }
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    for (int half = 0; half < 2; ++half) {
+      masks[2 * pair + half] = mask[pair][half];
+      for (int odd = 0; odd < 2; ++odd) {
+        const __mmask16 bits = __mmask16(mask[pair][half] >> (16 * odd));
+        const int n = _mm_popcnt_u32(bits);
+        _mm512_mask_storeu_epi32(to, __mmask16(lowest(n)), _mm512_maskz_compress_epi32(bits, dense[2 * pair + odd][half]));
+        to += n;
+      }
+    }
+  }
+  return from;
+}
+
 }  // namespace
+
+const uint32_t* pack_panel_avx512(const uint32_t* from, const uint64_t* words, int64_t pairs, uint32_t*& to,
+                                  uint32_t* masks) {
+  return pack_panel(from, words, pairs, to, masks);
+}
 
 const uint16_t* pack_panel_avx512(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
                                   uint16_t*& to, uint32_t* masks) {

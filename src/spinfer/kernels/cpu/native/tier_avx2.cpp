@@ -219,6 +219,6 @@ void run(const Pass& pass, int64_t first, int64_t last, float* totals) { run_by_
 
 }  // namespace
 
-const Tier kAvx2 = {"avx2", supported, keeps_bf16, prepare, run, nullptr};
+const Tier kAvx2 = {"avx2", supported, keeps_bf16, prepare, run, nullptr, nullptr};
 
 }  // namespace spinfer

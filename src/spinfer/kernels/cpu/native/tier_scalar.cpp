@@ -76,6 +76,6 @@ void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
 
 }  // namespace
 
-const Tier kScalar = {"scalar", supported, keeps_bf16, prepare, run, nullptr};
+const Tier kScalar = {"scalar", supported, keeps_bf16, prepare, run, nullptr, nullptr};
 
 }  // namespace spinfer
