@@ -6,9 +6,9 @@
 // in size, so they lie back to back in a ring of bytes: a fully dense chunk fits, a sparse one takes only what it needs.
 // Consumer warps open their next block (prefix sums) while they gather and multiply the current one.
 //
-// 16 consumer warps, one block of each chunk a warp. Up to 16 tokens, and with kSplit up to 32: mma.m16n8k16. From 17 on
-// without kSplit: wgmma with A in registers, which reads x from shared memory itself (28672 x 8192 at 70 % and 32 tokens: 75 us
-// instead of 85). More than 32: matmul_wide_sm90.cu.
+// 16 consumer warps, one block of each chunk a warp. mma.m16n8k16; for 24 and 32 tokens, where it can be, wgmma with A in
+// registers, which reads x from shared memory itself (28672 x 8192 at 70 % and 32 tokens: 79 us instead of 85). More than 32:
+// matmul_wide_sm90.cu.
 #include "common.cuh"
 #include "decode.cuh"
 #include "layout.cuh"
@@ -22,6 +22,7 @@
 #endif
 
 constexpr int kWarpsK = kBlocksK;
+static_assert(!SPINFER_WGMMA || kBlocksM % 4 == 0);
 constexpr int kConsumerWarps = kBlocks;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 128;  // setmaxnreg works on groups of four warps
