@@ -21,6 +21,7 @@ from spinfer.checkpoint.writer import DEFAULT_SHARD_NBYTES
 from spinfer.errors import CheckpointError
 from spinfer.integrations.transformers.blocks import DecoderBlocks, RecordedActivations, decoder_blocks, record
 from spinfer.integrations.transformers.matrices import Targets, targets
+from spinfer.integrations.transformers.memory import trim_heap
 from spinfer.integrations.transformers.pruning import (
     RECIPE_KEY,
     calibrating,
@@ -73,6 +74,7 @@ class StreamedBlocks:
     def release(self, index: int) -> None:
         """Drop a block's weights."""
         self._streamed.unload(self._streamed.inside(self.names[index]))
+        trim_heap()  # or what small matrices leave in it adds up to the whole model
 
     def finished(self, index: int) -> BlockReport | None:
         """What the workspace says."""
