@@ -65,7 +65,7 @@ struct WeightProducer {
   u32 at = 0;              // head's place in the ring
   u32 slot_end = 0;        // lane s: `head` after the chunk in slot s
   i32 offset = 0, offset_next = 0;  // lane i: of the i-th chunk from the last load on
-  u32 strip = 0, ends = 0;          // lane i: its strip, and whether it ends a segment
+  u32 strip = 0;                    // lane i: its strip, and in the top bit whether it ends a segment
 
   __device__ __forceinline__ WeightProducer(const MatmulArgs& p, const u32 start, const Work& work, int lane)
       : p(p), start(start), work(work), lane(lane) {}
@@ -75,8 +75,7 @@ struct WeightProducer {
     const i32 chunk = row_block_of(p, place.strip) * p.chunks_k + place.k;
     offset = __ldg(p.offsets + chunk);
     offset_next = __ldg(p.offsets + chunk + 1);
-    strip = place.strip;
-    ends = i + lane + 1 >= work.count || place.k + 1 == work.k_end();
+    strip = static_cast<u32>(place.strip) | (i + lane + 1 >= work.count || place.k + 1 == work.k_end() ? 1u << 31 : 0);
   }
   __device__ __forceinline__ u32 ring() const { return start + p.ring_at; }
   __device__ __forceinline__ u32 bytes_of(int from) const {
@@ -96,7 +95,7 @@ struct WeightProducer {
   // `from`: the lane that knows of the chunk.
   __device__ __forceinline__ void issue(i32 i, int from) {
     const i32 begin = __shfl_sync(~0u, offset, from);
-    const u32 strip_now = __shfl_sync(~0u, strip, from), ends_segment = __shfl_sync(~0u, ends, from);
+    const u32 of_strip = __shfl_sync(~0u, strip, from);
     const u32 bytes = bytes_of(from);
     const u32 following = bytes_of(from + 1);
     // With all slots issued at once the first chunk lands only when nearly all of them have (10 us instead of 3.9).
@@ -114,8 +113,9 @@ struct WeightProducer {
     // is none.
     const bool both_fit = (next_at || following <= at) && i + 1 < work.count;
     if (lane == 0) {
-      sts_v4(start + kNotes + 16 * slot, (ends_segment ? kEndOfSegment : 0) | (both_fit ? 0 : kReleaseFirst), strip_now,
-             ring() + next_at, 0);
+      sts_v4(start + kNotes + 16 * slot, of_strip >> 31 | (both_fit ? 0 : kReleaseFirst), of_strip & 0x7fffffffu, ring() + next_at,
+             0);
+      static_assert(kEndOfSegment == 1);
       mbarrier_expect(start + kLanded + 8 * slot, bytes);
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
