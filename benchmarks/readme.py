@@ -27,7 +27,7 @@ TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 CPUS = {CPU: "2 cores of an Emerald Rapids Xeon", RESULTS / "cpu" / "epyc-zen4-2-cores": "2 cores of a Zen 4 EPYC"}
 """Machines, each shown where its results hold all that the table needs."""
 DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
-PRUNING = RESULTS / "h100" / "pruning.json"
+PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = RESULTS / "h100" / "vllm.json"
