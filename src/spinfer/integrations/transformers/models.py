@@ -13,22 +13,31 @@ from spinfer.errors import CheckpointError, SpinferError
 from spinfer.model import LinearModules, linear_modules
 
 
+def described_model(path: str) -> PreTrainedModel:
+    """The causal language model that config.json in a directory describes, on the meta device; loads no weights.
+
+    Raises:
+        CheckpointError: no config.json, or no architecture that transformers knows.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not a causal language model that transformers knows: {first_line}") from error
+    return model
+
+
 def model_linears(path: str) -> LinearModules:
     """List the Linears of the causal language model that config.json in a directory describes; loads no weights.
 
     Raises:
         CheckpointError: no config.json, or no architecture that transformers knows.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a causal language model that transformers knows: {first_line}") from error
-    return linear_modules(model)
+    return linear_modules(described_model(path))
 
 
 def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:

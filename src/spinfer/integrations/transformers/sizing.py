@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from spinfer.errors import CheckpointError
 from spinfer.format import Geometry
 from spinfer.format.layout import estimate_nbytes
+from spinfer.integrations.transformers.models import described_model
 from spinfer.model import linear_modules
 
 _VALUE_NBYTES = 2
@@ -81,16 +81,9 @@ def model_size(path: str) -> ModelSize:
         CheckpointError: no config.json, an architecture that transformers does not know, or attention that does not
             keep keys and values by head.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        model.tie_weights()
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not a causal language model that transformers knows: {first_line}") from error
+    model = described_model(path)
+    model.tie_weights()
+    config: Any = model.config
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if heads is None or getattr(text, "kv_lora_rank", None) is not None:
