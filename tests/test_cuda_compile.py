@@ -56,7 +56,7 @@ def test_a_kernel_compiles(capability: tuple[int, int]) -> None:
 @pytest.mark.parametrize("capability", ARCHS)
 def test_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
     """Every kernel of sm_80, sm_90a and sm_120; of the architectures between, which compile the same code, a third."""
-    kernels = _sources(capability, range(1, 513))
+    kernels = _sources(capability, range(1, 769))
     if capability not in ((8, 0), (9, 0), (12, 0)):
         kernels = kernels[::3]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -227,7 +227,7 @@ hopper = pytest.mark.skipif(
 
 @hopper
 @pytest.mark.parametrize("sm_count", [2, 6, 22, 400])
-@pytest.mark.parametrize("tokens", [1, 13, 32, 33, 64, 128, 300])
+@pytest.mark.parametrize("tokens", [1, 13, 32, 33, 64, 128, 190, 256, 700])
 def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
     """CTAs with many strips each, and three times as many as can run at once: none waits for one that does not run."""
     w = random_weight(9000, 2000, 0.4)

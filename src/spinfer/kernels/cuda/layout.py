@@ -24,9 +24,8 @@ GATHER_NBYTES = 4
 MAX_CHUNK_NBYTES = -(-(VALUES_AT + BLOCKS * BLOCK_ROWS * BLOCK_COLS * 2 + GATHER_NBYTES) // CHUNK_ALIGN) * CHUNK_ALIGN
 """A fully dense chunk."""
 
-_SHORT, _TALL = 4224, 16384
-"""Up to _SHORT rows, chunks of 64 x 512, so that 66 clusters of two CTAs all have a row block; from _TALL on 256 x 128:
-x is read half as often as with 128 x 256, and there are row blocks enough that few CTAs share one."""
+_SHORT = 4224
+"""Up to so many rows, chunks of 64 x 512, so that 66 clusters of two CTAs all have a row block; else 128 x 256."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ChunkGrid:
     Attributes:
         out_features: M.
         in_features: K.
-        blocks_m: blocks of a chunk along M: 2, 4 or 8; 16 / blocks_m along K.
+        blocks_m: blocks of a chunk along M: 2 or 4; 16 / blocks_m along K.
     """
 
     out_features: int
@@ -46,7 +45,7 @@ class ChunkGrid:
     @classmethod
     def of(cls, out_features: int, in_features: int) -> ChunkGrid:
         """The cut used for a shape."""
-        blocks_m = 2 if out_features <= _SHORT else 4 if out_features < _TALL else 8
+        blocks_m = 2 if out_features <= _SHORT else 4
         return cls(out_features, in_features, blocks_m)
 
     @property

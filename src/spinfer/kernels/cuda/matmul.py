@@ -16,7 +16,7 @@ _CALL = struct.Struct("7Q2i")
 _CONSTANTS = struct.Struct("12i")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
-_NARROW_WARPS, _WIDE_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 8, 4
+_NARROW_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 4
 
 _tensor_maps = TensorMaps()
 _workspaces = Workspaces()
@@ -45,7 +45,7 @@ class FusedPass:
             warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
             memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, 0)
         elif isinstance(config, WideConfig):
-            warps, passes = _WIDE_WARPS + _PRODUCER_WARPS, config.passes
+            warps, passes = config.warps + _PRODUCER_WARPS, config.passes
             memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
         self._box_rows = config.tokens
         self._strips = passes * grid.row_blocks
@@ -101,5 +101,5 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     if isinstance(config, PortableConfig):
         return KernelSource("matmul_portable.cu", config.arch, tuple(defines.items()))
     if isinstance(config, WideConfig):
-        return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))
+        return KernelSource("matmul_wide_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_WARPS", config.warps)))
     return KernelSource("matmul_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_SPLIT", config.split)))

@@ -12,15 +12,18 @@ _NARROW, _MAX_NARROW = 16, 32
 """Up to _NARROW tokens csrc/matmul_sm90.cu is always the faster one, above _MAX_NARROW never."""
 
 _NARROW_TILES = (8, 16, 24, 32)
-_WIDE_TILES = (32, 48, 64, 96, 128)
-_WIDE_WARPS = 8
+_WIDE_TILES = (32, 48, 64, 96, 128, 192, 256)
+_FEW, _MANY = 64, 128
+"""Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64); beyond _MANY 8 warps hold one tile
+each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
+
 _MAX_SLOTS = 8
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
-_MOST_HOPPER = 448
-"""Most tokens of the fused path. Measured on an H100 at 60 %, 28672 x 8192: passes of 128 tokens take 148 us each;
-decoding takes 330 us and cuBLAS 308 at 512 tokens. benchmarks/results/h100/kernel.json."""
+_MOST_HOPPER, _MOST_HOPPER_SHORT = 768, 448
+"""Most tokens of the fused path; the second with chunks of 64 rows. Measured on an H100 at 60 %: at 768 tokens 28672 x 4096
+takes 383 us fused, 395 decoded (155 to decode, 240 in cuBLAS); 4096 x 14336 is even at 448."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -80,6 +83,7 @@ class WideConfig:
 
     Attributes:
         tokens: columns of a pass, a compile-time constant.
+        warps: that multiply, a compile-time constant.
         passes: over the weight.
         ctas: how many; each takes a range of consecutive chunks.
         slots: chunks that may be in shared memory.
@@ -91,6 +95,7 @@ class WideConfig:
     """
 
     tokens: int
+    warps: int
     passes: int
     ctas: int
     slots: int
@@ -212,9 +217,13 @@ def wide_config(
         in_flight: copies of the weight outstanding at a time.
     """
     if tile is None:
-        tile = next((tile for tile in _WIDE_TILES if tile >= tokens), _WIDE_TILES[-1])
+        tiles = [tile for tile in _WIDE_TILES if tile <= _MANY or grid.blocks_m > 2]
+        each = -(-tokens // -(-tokens // tiles[-1]))
+        tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
-    fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, _WIDE_WARPS // max(4, grid.blocks_m), tile)
+    warps = 16 if tile <= _FEW else 8
+    bands_a_warp = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2  # kBandsAWarp
+    fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, warps * bands_a_warp // (2 * grid.blocks_m), tile)
     room = traits.shared_nbytes - fixed
     wanted = max(MAX_CHUNK_NBYTES, int(3.5 * grid.mean_chunk_nbytes(nnz)))
     if boxes is None:
@@ -223,6 +232,7 @@ def wide_config(
     passes = -(-tokens // tile)
     return WideConfig(
         tokens=tile,
+        warps=warps,
         passes=passes,
         ctas=min(traits.sm_count, passes * grid.chunks),
         slots=_MAX_SLOTS,
@@ -276,7 +286,7 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
         traits: of the device.
     """
     hopper = traits.capability == (9, 0)
-    if same_dtype and hopper and tokens <= _MOST_HOPPER:
+    if same_dtype and hopper and tokens <= (_MOST_HOPPER_SHORT if grid.blocks_m == 2 else _MOST_HOPPER):
         return Fused(tokens, (_hopper_choice(grid, nnz, tokens, traits),))
     if same_dtype and not hopper and tokens <= _MOST_PORTABLE:
         step = _PORTABLE_TILES[-1]

@@ -13,7 +13,7 @@
 #include "common.cuh"
 
 #ifndef SPINFER_BLOCKS_M
-#define SPINFER_BLOCKS_M 8
+#define SPINFER_BLOCKS_M 4
 #endif
 constexpr int kBlocksM = SPINFER_BLOCKS_M;
 constexpr int kBlocks = 16;

@@ -1,26 +1,29 @@
 // y = x W^T + bias on Hopper for many tokens: as matmul_sm90.cu, with wgmma and all passes over the weight in one launch.
 //
-// Eight consumer warps. Each decodes blocks of 32 rows into A fragments in registers, and a wgmma for each tile of the block
-// multiplies them with a box of x: 64 columns, in a ring of its own. Where a chunk has 64 rows only, two warps share a block, a
-// tile each, and half of the boxes belong to each warpgroup.
+// Eight or sixteen consumer warps. Each decodes tiles of 16 rows into A fragments in registers, one or both of a block, and a
+// wgmma for each multiplies them with a box of x: 64 columns, in a ring of its own. Where more than one warpgroup is left for
+// the columns of a chunk, they take turns with the boxes.
 //
-// Integer MMAs queue behind wgmmas, so nothing may wait for one: a block's prefix sums, down to the byte offset of every
-// lane's values, are worked out in four stages, one behind the wgmmas of each step of the block before.
+// Integer MMAs would queue behind the wgmmas, so the prefix sums of decode.cuh are made with shuffles here, in stages, behind
+// the wgmmas of each step of the block before.
 #include "common.cuh"
 #include "layout.cuh"
 #include "matmul.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
-constexpr int kConsumerWarps = 8;
-constexpr int kBandsAWarp = kBlocksM == 2 ? 1 : 2;  // of 16 rows
+#ifndef SPINFER_WARPS
+#define SPINFER_WARPS 8
+#endif
+constexpr int kConsumerWarps = SPINFER_WARPS;
+constexpr int kBandsAWarp = kConsumerWarps == 16 || kBlocksM == 2 || kTokens > 128 ? 1 : 2;  // of 16 rows
 constexpr int kWarpsM = kBands / kBandsAWarp;
 constexpr int kWarpsK = kConsumerWarps / kWarpsM;
 static_assert(kWarpsM % 4 == 0, "the warps of a warpgroup read the same x");
 constexpr int kBlocksAWarp = kBlocksK / kWarpsK;
 constexpr int kThreads = kConsumerWarps * 32 + 128;  // setmaxnreg works on groups of four warps
 // consumers x registers + producers x registers <= threads x registers at launch, or the kernel would hang.
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+constexpr int kConsumerRegisters = kConsumerWarps == 16 ? 104 : 232, kProducerRegisters = 40;
 
 constexpr u32 kBoxBytes = kTokens * 128;  // 64 columns of x
 constexpr int kMaxBoxes = 16;
@@ -64,83 +67,74 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
 struct Block {
   u32 mask[kBandsAWarp];
   u32 base[kBandsAWarp];   // shared address of each tile's values
-  u32 at[kBandsAWarp][4];  // byte offset of the lane's upper pair in steps 2 s (low half) and 2 s + 1 (high half)
+  u32 at[kBandsAWarp][4];  // values before the lane's upper pair in steps 2 s (low half) and 2 s + 1 (high half)
 };
 
-// Works out a Block in stages; see decode.cuh for what the MMAs compute.
-struct Opener {
-  u32 step_bits, triangle, ones, zero, within0, within1;
-  u32 place[4];
+// v of the lanes up to and with this one, `offset` of them more than before.
+template <int kOffset>
+__device__ __forceinline__ void add_from_below(u32& v) {
+  asm volatile(
+      "{\n.reg .pred there;\n.reg .b32 below;\nshfl.sync.up.b32 below|there, %0, %1, 0, 0xffffffff;\n"
+      "@there add.u32 %0, %0, below;\n}"
+      : "+r"(v)
+      : "n"(kOffset));
+}
 
-  __device__ __forceinline__ explicit Opener(int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    step_bits = 0x01010101u << g;
-    triangle = (2 * t < g ? 1u : 0u) | (2 * t + 1 < g ? 0x10000u : 0u);
-    ones = 0x00010001u;
-    zero = 0;
-    within0 = (!(g & 1) && t < (g >> 1)) ? 0x02020202u : 0u;
-    within1 = ((g & 1) && t < (g >> 1)) ? 0x01010101u : 0u;
-#pragma unroll
-    for (int s = 0; s < 4; s++) {
-      const int step = 2 * s + (g & 1);
-      place[s] = (2 * t == step ? 2u : 0u) | (2 * t + 1 == step ? 0x200u : 0u) | (2 * t < step ? 0x20000u : 0u) |
-                 (2 * t + 1 < step ? 0x2000000u : 0u);
-      asm volatile("" : "+r"(place[s]));
-    }
-    asm volatile("" : "+r"(step_bits), "+r"(triangle), "+r"(ones), "+r"(zero), "+r"(within0), "+r"(within1));
-  }
-  // Stage 0: masks, and nonzeros of each step in each quad of lanes. Of a chunk that is not there: an empty block.
-  // `tile` is the one of the block to take with kBandsAWarp 1.
-  __device__ __forceinline__ void load(Block& b, Int4 (&counts)[kBandsAWarp], u32 chunk, int block, int tile, int lane, bool there) const {
-    const u32 header = there ? lds_u32(chunk + block * 4) : 0;
-    const u32 at = there ? chunk + kHeaderBytes + block * 256 + lane * 8 : 0;
+// Works out a Block in stages.
+struct Opener {
+  Block block;
+  u32 own[kBandsAWarp][2];  // nonzeros of the lane, a byte a step
+  u32 sum[kBandsAWarp][2];  // those of the lanes up to this one, of which there are at most 128
+
+  // Masks, and nonzeros of each step. Of a chunk that is not there: an empty block. `tile` is the one of the block to take
+  // with kBandsAWarp 1.
+  __device__ __forceinline__ void load(u32 chunk, int index, int tile, int lane, bool there) {
+    const u32 header = there ? lds_u32(chunk + index * 4) : 0;
+    const u32 at = there ? chunk + kHeaderBytes + index * 256 + lane * 8 : 0;
     const u32 values = (there ? chunk : 0) + kValuesAt;
     if constexpr (kBandsAWarp == 2) {
       const uint2 masks = there ? lds_v2(at) : make_uint2(0, 0);
-      b.mask[0] = masks.x;
-      b.mask[kBandsAWarp - 1] = masks.y;
-      b.base[0] = values + (header & 0xffffu);
-      b.base[kBandsAWarp - 1] = values + (header >> 16);
+      block.mask[0] = masks.x;
+      block.mask[kBandsAWarp - 1] = masks.y;
+      block.base[0] = values + (header & 0xffffu);
+      block.base[kBandsAWarp - 1] = values + (header >> 16);
     } else {
-      b.mask[0] = there ? lds_u32(at + tile * 4) : 0;
-      b.base[0] = values + (tile ? header >> 16 : header & 0xffffu);
+      block.mask[0] = there ? lds_u32(at + tile * 4) : 0;
+      block.base[0] = values + (tile ? header >> 16 : header & 0xffffu);
     }
-#pragma unroll
-    for (int r = 0; r < kBandsAWarp; r++) counts[r] = bmma_and_popc(step_bits, zero, b.mask[r], {0, 0, 0, 0});
-  }
-  // Stage 1: prefix over the quads and totals of each step.
-  __device__ __forceinline__ void sum(Int4 (&sums)[kBandsAWarp], const Int4 (&counts)[kBandsAWarp]) const {
-#pragma unroll
-    for (int r = 0; r < kBandsAWarp; r++) {
-      const u32 pair = static_cast<u32>(counts[r].a) + static_cast<u32>(counts[r].b) * 0x10000u;
-      sums[r] = imma_k16(triangle, ones, pair, {0, 0, 0, 0});
-    }
-  }
-  // Stages 2 and 3: byte offsets for steps 4 h to 4 h + 3, two
-  // at a time, as (tile 0 even step, tile 0 odd, tile 1 even, tile 1 odd). Half 1 is due when the block's first values are already being loaded.
-  __device__ __forceinline__ void place_half(Int4 (&offsets)[2], const u32 (&prefix)[2], const Block& b, int h) const {
-#pragma unroll
-    for (int i = 0; i < 2; i++) offsets[i] = imma_k16(prefix[0], prefix[1], place[2 * h + i], {0, 0, 0, 0});
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int s = 2 * h + i;
-      const u32 y0 = b.mask[0] >> (2 * s), y1 = kBandsAWarp == 2 ? b.mask[kBandsAWarp - 1] >> (2 * s) : 0;
-      offsets[i] = imma_k32(y0 & 0x01010101u, y1 & 0x01010101u, y0 & 0x02020202u, y1 & 0x02020202u, within0, within1, offsets[i]);
-    }
-  }
-  __device__ __forceinline__ static void join(u32 (&prefix)[2], const Int4 (&sums)[kBandsAWarp]) {
-    prefix[1] = 0;
 #pragma unroll
     for (int r = 0; r < kBandsAWarp; r++)
-      prefix[r] = static_cast<u32>(sums[r].a) + static_cast<u32>(sums[r].b) * 0x100u + static_cast<u32>(sums[r].c) * 0x10000u +
-                  static_cast<u32>(sums[r].d) * 0x1000000u;
-  }
-  __device__ __forceinline__ static void pack_half(Block& b, const Int4 (&offsets)[2], int h) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      b.at[0][2 * h + i] = prmt(static_cast<u32>(offsets[i].a), static_cast<u32>(offsets[i].b), 0x5410u);
-      if constexpr (kBandsAWarp == 2)
-        b.at[kBandsAWarp - 1][2 * h + i] = prmt(static_cast<u32>(offsets[i].c), static_cast<u32>(offsets[i].d), 0x5410u);
+      for (int h = 0; h < 2; h++) {
+        const u32 y0 = block.mask[r] >> (4 * h), y1 = block.mask[r] >> (4 * h + 2);
+        // Odd steps' bits weigh 2: times 128 they count in the next byte.
+        const u32 low = __dp4a(y0 & 0x02020202u, 0x80808080u, __dp4a(y0 & 0x01010101u, 0x01010101u, 0u));
+        const u32 high = __dp4a(y1 & 0x02020202u, 0x80808080u, __dp4a(y1 & 0x01010101u, 0x01010101u, 0u));
+        own[r][h] = sum[r][h] = high * 0x10000u + low;
+      }
+  }
+  template <int kOffset>
+  __device__ __forceinline__ void scan() {
+#pragma unroll
+    for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) add_from_below<kOffset>(sum[r][h]);
+  }
+  // Adds the nonzeros of the steps before each.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int r = 0; r < kBandsAWarp; r++) {
+      u32 before = 0;  // of steps 2 s and 2 s + 1
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const u32 total = __shfl_sync(~0u, sum[r][h], 31);
+        const u32 lanes = sum[r][h] - own[r][h];
+        const u32 first = prmt(lanes, 0, 0x4140u) + prmt(total, 0, 0x4044u), second = prmt(lanes, 0, 0x4342u) + prmt(total, 0, 0x4244u);
+        block.at[r][2 * h] = before * 0x10001u + first;
+        before = __dp4a(total, 0x00000101u, before);
+        block.at[r][2 * h + 1] = before * 0x10001u + second;
+        before = __dp4a(total, 0x01010000u, before);
+      }
     }
   }
 };
@@ -151,14 +145,11 @@ struct Consumer {
   const u32 start;  // of shared memory
   const int lane, warp_m, warp_k;
   const int tile;  // the one tile of a block that is this warp's, with kBandsAWarp 1
-  const Opener opener;
-  u32 select_even, select_odd, select_none;
   float acc[kBandsAWarp][kTiles][4];
   u32 a[2][kBandsAWarp][4];  // fragments of two steps: one being multiplied, one being decoded
   u32 raw[kBandsAWarp][8];   // of the next step: two values for each pair, whether there or not
-  Block block, next;
-  Int4 counts[kBandsAWarp], sums[kBandsAWarp], offsets[2];
-  u32 prefix[2];
+  Block block;
+  Opener next;
   int slot = 0;
   u32 parity = 0;
   int box, box_parity = 0;
@@ -172,12 +163,7 @@ struct Consumer {
         warp_m(warp % kWarpsM),
         warp_k(warp / kWarpsM),
         tile(warp % 2),
-        opener(lane),
         box(warp / kWarpsM) {
-    select_even = 0xDE0043DEu;
-    select_odd = 0x6F0021EFu;
-    select_none = 0x3232u;
-    asm volatile("" : "+r"(select_even), "+r"(select_odd), "+r"(select_none));
     clear(acc);
   }
   __device__ __forceinline__ int block_at(int b) const {
@@ -188,7 +174,7 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < kBandsAWarp; r++) {
       const u32 y = b.mask[r] >> (2 * s);
-      const u32 even = __dp2a_lo(b.at[r][s], 0x0001u, b.base[r]), odd = __dp2a_lo(b.at[r][s], 0x0100u, b.base[r]);
+      const u32 even = __dp2a_lo(b.at[r][s], 0x0002u, b.base[r]), odd = __dp2a_lo(b.at[r][s], 0x0200u, b.base[r]);
       const u32 even_lower = __dp4a(y & 0x01010101u, 0x00000202u, even), odd_lower = __dp4a(y & 0x02020202u, 0x00000101u, odd);
       raw[r][0] = lds_u16<0>(even);
       raw[r][1] = lds_u16<2>(even);
@@ -204,10 +190,11 @@ struct Consumer {
   __device__ __forceinline__ void select(u32 (&f)[4], const Block& b, int r, int s) const {
     const u32 y = b.mask[r] >> (2 * s);
     const u32 even = y & 0x01010101u, odd = y & 0x02020202u;
-    f[0] = prmt(raw[r][0], raw[r][1], __dp2a_lo(select_even, even, select_none));
-    f[1] = prmt(raw[r][2], raw[r][3], __dp2a_hi(select_even, even, select_none));
-    f[2] = prmt(raw[r][4], raw[r][5], __dp2a_lo(select_odd, odd, select_none));
-    f[3] = prmt(raw[r][6], raw[r][7], __dp2a_hi(select_odd, odd, select_none));
+    // Selectors as in decode.cuh.
+    f[0] = prmt(raw[r][0], raw[r][1], __dp2a_lo(0xDE0043DEu, even, 0x3232u));
+    f[1] = prmt(raw[r][2], raw[r][3], __dp2a_hi(0xDE0043DEu, even, 0x3232u));
+    f[2] = prmt(raw[r][4], raw[r][5], __dp2a_lo(0x6F0021EFu, odd, 0x3232u));
+    f[3] = prmt(raw[r][6], raw[r][7], __dp2a_hi(0x6F0021EFu, odd, 0x3232u));
   }
   // Multiplies what was loaded for step s.
   __device__ __forceinline__ void multiply(u64 descriptor, int s) {
@@ -234,12 +221,14 @@ struct Consumer {
   }
   // Opens a chunk's first block and loads its first values, with nothing to overlap.
   __device__ __forceinline__ void open_now(u32 chunk) {
-    opener.load(block, counts, chunk, block_at(0), tile, lane, true);
-    opener.sum(sums, counts);
-    opener.join(prefix, sums);
-    opener.place_half(offsets, prefix, block, 0);
-    opener.pack_half(block, offsets, 0);
-    opener.place_half(offsets, prefix, block, 1);
+    next.load(chunk, block_at(0), tile, lane, true);
+    next.scan<1>();
+    next.scan<2>();
+    next.scan<4>();
+    next.scan<8>();
+    next.scan<16>();
+    next.finish();
+    block = next.block;
     gather(block, 0);
   }
   __device__ __forceinline__ void run() {
@@ -256,25 +245,25 @@ struct Consumer {
         const bool there = b + 1 < kBlocksAWarp || !note.flags;
         const u64 descriptor = wgmma_descriptor(start + kX + box * kBoxBytes);
         mbarrier_wait(start + kBoxLanded + 8 * box, box_parity);
-        opener.pack_half(block, offsets, 1);
         multiply(descriptor, 0);
         gather(block, 1);
         if (b + 1 == kBlocksAWarp && there) mbarrier_wait(start + kLanded + 8 * slot, parity);
-        opener.load(next, counts, b + 1 < kBlocksAWarp ? chunk : note.next_chunk, block_at((b + 1) % kBlocksAWarp), tile, lane, there);
+        next.load(b + 1 < kBlocksAWarp ? chunk : note.next_chunk, block_at((b + 1) % kBlocksAWarp), tile, lane, there);
         wgmma_wait<1>();  // all of the block before
         give_back();
         multiply(descriptor, 1);
         gather(block, 2);
-        opener.sum(sums, counts);
+        next.scan<1>();
+        next.scan<2>();
+        next.scan<4>();
         multiply(descriptor, 2);
         gather(block, 3);
-        opener.join(prefix, sums);
-        opener.place_half(offsets, prefix, next, 0);
+        next.scan<8>();
+        next.scan<16>();
         multiply(descriptor, 3);
-        opener.pack_half(next, offsets, 0);
-        block = next;
+        next.finish();
+        block = next.block;
         gather(block, 0);
-        opener.place_half(offsets, prefix, block, 1);
         box_held = start + kBoxEmpty + 8 * box;
         box += kWarpsK;
         if (box >= p.boxes) box -= p.boxes, box_parity ^= 1;
