@@ -40,7 +40,10 @@ def test_one_matrix(pattern: Pattern | None, dtype: torch.dtype) -> None:
             prune_sparsegpt_(on.clone(), inverse_factor(hessian.to(device, copy=True)), 0.5, pattern),
         ]
 
-    for ours, expected in zip(pruned("cuda"), pruned("cpu"), strict=True):
+    on_gpu, on_cpu = pruned("cuda"), pruned("cpu")
+    # Which of equal magnitudes go is open (bf16 has many), what is left of them is not.
+    assert torch.equal(on_gpu.pop(0).cpu().abs().flatten().sort().values, on_cpu.pop(0).abs().flatten().sort().values)
+    for ours, expected in zip(on_gpu, on_cpu, strict=True):
         assert ((ours.cpu() == 0) == (expected == 0)).float().mean() > 0.999
         assert (ours.cpu().float() - expected.float()).norm() < 0.05 * expected.float().norm()
 
