@@ -31,6 +31,7 @@ PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = RESULTS / "h100" / "vllm.json"
+VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
 
 def linked(text: str, file: Path) -> str:
@@ -124,6 +125,18 @@ def vllm() -> str:
 def vllm_step() -> str:
     """Where the time of a decode step goes."""
     return linked(f"{vllm_report.breakdown(json.loads(VLLM.read_text()))}\n\nMicroseconds.", VLLM)
+
+
+def vllm_70b() -> str:
+    """A model that one GPU holds only when it is sparse, on one GPU and on two."""
+    results = [json.loads(file.read_text()) for file in VLLM_70B]
+    run = results[0]["runs"][0]
+    what = (
+        f"{run['model']}'s shape, {results[0]['sparsity']:.0%} sparse, {run['rows'][0]['input']} tokens in; "
+        f"{results[0]['device']}, vLLM {results[0]['vllm']}:"
+    )
+    sources = ", ".join(f"[{name}]({name})" for name in (file.relative_to(ROOT).as_posix() for file in VLLM_70B))
+    return f"{what}\n\n{vllm_report.scaling(results)}\n\nFrom {sources}."
 
 
 def pruning() -> str:
@@ -231,7 +244,7 @@ def useful() -> str:
 BLOCKS = {
     "README.md": {"demo": demo, "pruning": useful, "vllm": vllm, "cpu": cpu, "decode": decode, "gpu": gpu},
     "docs/pruning.md": {"pruning": pruning, "cost": cost},
-    "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step},
+    "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step, "vllm-70b": vllm_70b},
 }
 
 

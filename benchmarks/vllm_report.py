@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,27 @@ def memory(result: Mapping[str, Any]) -> str:
                 f"{plan['kv_cache_tokens']:,}" if plan else "",
             )
             lines.append(f"| {model} | {MODES[mode]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scaling(results: Sequence[Mapping[str, Any]]) -> str:
+    """One sparse model on more and more GPUs, Markdown; each result has one run, of the same batches."""
+    lines = [
+        "| GPUs | batch | tokens/s | over the first | first token, ms | GiB of weights a GPU | tokens of KV cache |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    first = results[0]["runs"][0]["rows"]
+    for result in results:
+        run = result["runs"][0]
+        for base, row in zip(first, run["rows"], strict=True):
+            cells = (
+                f"{row['decode_tokens_per_s']:,.1f}",
+                f"{base['decode_ms'] / row['decode_ms']:.2f}x",
+                f"{row['ttft_ms']:,.0f}",
+                f"{max(run['weights_gib']):.2f}",
+                f"{run['kv_cache_tokens']:,}",
+            )
+            lines.append(f"| {result['tensor_parallel']} | {row['batch']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
