@@ -62,9 +62,10 @@ inline void decode(const F32*& values, uint32_t mask, __m512& even, __m512& odd)
 inline void add_to(float* total, __m512 sum) { _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum)); }
 
 // `kTokens` tokens at once. With one or two, even and odd columns have sums of their own: one chain of FMAs would be
-// slower than the memory.
-template <class Value, int kTokens>
-const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, float* totals) {
+// slower than the memory. With kStore the decoded pairs are also written to `dense`, for `multiply`.
+template <class Value, int kTokens, bool kStore>
+const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, float* totals,
+                          float* dense) {
   constexpr int kChains = kTokens <= 2 ? 2 : 1;
   __m512 first[kTokens][kChains], last[kTokens][kChains];
 #pragma GCC unroll 12
@@ -76,6 +77,12 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
     prefetch(kAhead, values, masks + 2 * pair);
     decode(values, masks[2 * pair], even0, odd0);
     decode(values, masks[2 * pair + 1], even1, odd1);
+    if constexpr (kStore) {
+      _mm512_store_ps(dense + pair * 64, even0);
+      _mm512_store_ps(dense + pair * 64 + 16, even1);
+      _mm512_store_ps(dense + pair * 64 + 32, odd0);
+      _mm512_store_ps(dense + pair * 64 + 48, odd1);
+    }
 #pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
       const __m512 x_even = _mm512_set1_ps(x[t * kRowX + 2 * pair]);
@@ -105,8 +112,9 @@ inline __m512bh broadcast_pair(const uint16_t* x, int64_t column) {
 }
 
 // With one token, every other pair has sums of its own: vdpbf16ps takes 6 cycles, and a pair should take as many (Zen 4).
-template <class Value, int kTokens>
-const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x, float* totals) {
+template <class Value, int kTokens, bool kStore>
+const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x, float* totals,
+                          uint32_t* dense) {
   constexpr int kChains = kTokens == 1 ? 2 : 1;
   __m512 first[kTokens][kChains], last[kTokens][kChains];
 #pragma GCC unroll 12
@@ -119,6 +127,10 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
     values += _mm_popcnt_u32(masks[2 * pair]);
     const __m512i w1 = expand16(masks[2 * pair + 1], values);
     values += _mm_popcnt_u32(masks[2 * pair + 1]);
+    if constexpr (kStore) {
+      _mm512_store_si512(dense + pair * 32, w0);
+      _mm512_store_si512(dense + pair * 32 + 16, w1);
+    }
 #pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
       const __m512bh xs = broadcast_pair(x, t * kRowX + 2 * pair);
@@ -146,18 +158,19 @@ const Value* tokens_block(const Value* values, const uint32_t* masks, int64_t pa
 // 2 x 12 sums, 4 weights and 2 broadcasts fill the 32 registers.
 constexpr int kMaxTokens = 12;
 
-template <class Value, class X>
-using TokensBlock = const Value* (*)(const Value*, const uint32_t*, int64_t, const X*, float*);
+template <class Value, class Dense, class X>
+using TokensBlock = const Value* (*)(const Value*, const uint32_t*, int64_t, const X*, float*, Dense*);
 
-template <class Value, class X>
+template <class Value, class Dense, class X>
 const Value* all_tokens(const Value* values, const uint32_t* masks, int64_t pairs, const X* x, int64_t tokens,
                         float* totals) {
-  static constexpr TokensBlock<Value, X> kBlocks[kMaxTokens] = {
-      tokens_block<Value, 1>, tokens_block<Value, 2>,  tokens_block<Value, 3>,  tokens_block<Value, 4>,
-      tokens_block<Value, 5>, tokens_block<Value, 6>,  tokens_block<Value, 7>,  tokens_block<Value, 8>,
-      tokens_block<Value, 9>, tokens_block<Value, 10>, tokens_block<Value, 11>, tokens_block<Value, 12>,
+  static constexpr TokensBlock<Value, Dense, X> kBlocks[kMaxTokens] = {
+      tokens_block<Value, 1, false>,  tokens_block<Value, 2, false>,  tokens_block<Value, 3, false>,
+      tokens_block<Value, 4, false>,  tokens_block<Value, 5, false>,  tokens_block<Value, 6, false>,
+      tokens_block<Value, 7, false>,  tokens_block<Value, 8, false>,  tokens_block<Value, 9, false>,
+      tokens_block<Value, 10, false>, tokens_block<Value, 11, false>, tokens_block<Value, 12, false>,
   };
-  return kBlocks[tokens - 1](values, masks, pairs, x, totals);
+  return kBlocks[tokens - 1](values, masks, pairs, x, totals, nullptr);
 }
 
 // Decoded weights, [column][32 rows] in fp32, times x.
@@ -179,17 +192,6 @@ void multiply(const float* dense, int64_t pairs, const float* x, float* totals) 
   for (int t = 0; t < kTokens; ++t) {
     add_to(totals + t * 32, first[t]);
     add_to(totals + t * 32 + 16, last[t]);
-  }
-}
-
-// Decode one pair, in the form that `multiply` of the same type of x reads.
-template <class Value>
-inline void decode_pair(const Value*& values, const uint32_t* masks, float* dense) {
-  for (int half = 0; half < 2; ++half) {
-    __m512 even, odd;
-    decode(values, masks[half], even, odd);
-    _mm512_store_ps(dense + half * 16, even);
-    _mm512_store_ps(dense + half * 16 + 32, odd);
   }
 }
 
@@ -216,20 +218,29 @@ void multiply(const uint32_t* dense, int64_t pairs, const uint16_t* x, float* to
     add_to(totals + t * 32 + 16, last[t]);
   }
 }
-
-inline void decode_pair(const Bf16*& values, const uint32_t* masks, uint32_t* dense) {
-  for (int half = 0; half < 2; ++half) {
-    _mm512_store_si512(dense + half * 16, expand16(masks[half], values));
-    values += _mm_popcnt_u32(masks[half]);
-  }
-}
 #endif
 
-// Many tokens: decode a chunk into L1 once, multiply from there. Expanding it again for every kMaxTokens tokens instead is
-// 10 % slower at 16 tokens, 18 % at 64 and 60 % at 512 (Golden Cove, FMA).
+// Many tokens: decode a chunk into L1 once, while the first of them are multiplied, and multiply the others from there.
+// Expanding it again for every kMaxTokens tokens instead is 10 % slower at 16 tokens, 18 % at 64 and 60 % at 512 (Golden
+// Cove, FMA).
 template <class Value, class Dense, class X>
 const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, const X* x, int64_t tokens,
                      float* totals) {
+  // The first part of more than kMaxTokens tokens is the largest, and more than half of kMaxTokens.
+  static constexpr TokensBlock<Value, Dense, X> kFirst[kMaxTokens] = {
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
+      tokens_block<Value, 7, true>,
+      tokens_block<Value, 8, true>,
+      tokens_block<Value, 9, true>,
+      tokens_block<Value, 10, true>,
+      tokens_block<Value, 11, true>,
+      tokens_block<Value, 12, true>,
+  };
   static constexpr void (*kMultiply[kMaxTokens])(const Dense*, int64_t, const X*, float*) = {
       multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
       multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
@@ -239,13 +250,13 @@ const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, 
   alignas(64) Dense dense[kChunkPairs * kPair];
   for (int64_t start = 0; start < pairs; start += kChunkPairs) {
     const int64_t n = lesser(kChunkPairs, pairs - start);
-    for (int64_t pair = 0; pair < n; ++pair) {
-      const uint32_t* of_pair = masks + 2 * (start + pair);
-      prefetch(kAhead, values, of_pair);
-      decode_pair(values, of_pair, dense + pair * kPair);
-    }
     in_parts(tokens, kMaxTokens, [&](int64_t token, int64_t size) {
-      kMultiply[size - 1](dense, n, x + token * kRowX + 2 * start, totals + token * 32);
+      const X* of_part = x + token * kRowX + 2 * start;
+      if (token == 0) {
+        values = kFirst[size - 1](values, masks + 2 * start, n, of_part, totals, dense);
+      } else {
+        kMultiply[size - 1](dense, n, of_part, totals + token * 32);
+      }
     });
   }
   return values;
@@ -287,7 +298,7 @@ struct Avx512 {
   static const Value* block(const Value* values, const uint32_t* masks, int64_t pairs, const float* x, int64_t tokens,
                             float* totals) {
     if (tokens > kMaxTokens) return decoded<Value, float>(values, masks, pairs, x, tokens, totals);
-    return all_tokens(values, masks, pairs, x, tokens, totals);
+    return all_tokens<Value, float>(values, masks, pairs, x, tokens, totals);
   }
 
 #ifdef SPINFER_BF16_TIER
@@ -295,7 +306,7 @@ struct Avx512 {
   static const Value* block_bf16(const Value* values, const uint32_t* masks, int64_t pairs, const uint16_t* x,
                                  int64_t tokens, float* totals) {
     if (tokens > kMaxTokens) return decoded<Value, uint32_t>(values, masks, pairs, x, tokens, totals);
-    return all_tokens(values, masks, pairs, x, tokens, totals);
+    return all_tokens<Value, uint32_t>(values, masks, pairs, x, tokens, totals);
   }
 #endif
 };
