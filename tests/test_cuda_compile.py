@@ -115,7 +115,7 @@ def test_cache_tells_options_architectures_and_versions_apart(
 ) -> None:
     others = [
         KernelSource("repack.cu", "sm_90a", KERNEL.defines),
-        KernelSource("repack.cu", "sm_80", (("SPINFER_BLOCKS_M", 8),)),
+        KernelSource("repack.cu", "sm_80", (("SPINFER_BLOCKS_M", 2),)),
     ]
     for kernel in (KERNEL, *others):
         cubin(kernel)

@@ -20,6 +20,7 @@ from spinfer.kernels.cuda.select import (
     choose,
     code_arch,
     hopper_config,
+    wide_config,
 )
 
 H100 = DeviceTraits((9, 0), 132, 232448)
@@ -69,6 +70,26 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
         else:
             assert isinstance(config, PortableConfig)
             assert device.capability != (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "tile", "passes", "warps"),
+    [
+        (8192, 48, 48, 1, 16),
+        (8192, 65, 96, 1, 8),
+        (8192, 129, 192, 1, 8),
+        (8192, 256, 256, 1, 8),
+        (8192, 300, 192, 2, 8),
+        (8192, 768, 256, 3, 8),
+        (4096, 129, 96, 2, 8),
+        (4096, 256, 128, 2, 8),
+    ],
+)
+def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
+    rows: int, tokens: int, tile: int, passes: int, warps: int
+) -> None:
+    config = wide_config(ChunkGrid.of(rows, 4096), int(0.4 * rows * 4096), tokens, H100)
+    assert (config.tokens, config.passes, config.warps) == (tile, passes, warps)
 
 
 @pytest.mark.parametrize(

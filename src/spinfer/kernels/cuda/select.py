@@ -14,16 +14,17 @@ _NARROW, _MAX_NARROW = 16, 32
 _NARROW_TILES = (8, 16, 24, 32)
 _WIDE_TILES = (32, 48, 64, 96, 128, 192, 256)
 _FEW, _MANY = 64, 128
-"""Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64); beyond _MANY 8 warps hold one tile
-each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
+"""Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64). Beyond _MANY 8 warps hold one
+tile each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
 
 _MAX_SLOTS = 8
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
 _MOST_HOPPER, _MOST_HOPPER_SHORT = 768, 448
-"""Most tokens of the fused path; the second with chunks of 64 rows. Measured on an H100 at 60 %: at 768 tokens 28672 x 4096
-takes 383 us fused, 395 decoded (155 to decode, 240 in cuBLAS); 4096 x 14336 is even at 448."""
+"""Most tokens of the fused path; the second with chunks of 64 rows. Measured on an H100 at 60 %: of 28672 x 4096 a
+pass of 256 tokens takes 128 us, decoding 155 and cuBLAS 157 at 512 tokens, so that they are even at 768; 4096 x 14336
+is even at 448."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
