@@ -29,6 +29,7 @@ CPUS = {CPU: "2 cores of an Emerald Rapids Xeon", RESULTS / "cpu" / "epyc-zen4-2
 DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
 PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
+FIDELITY = RESULTS / "h100" / "pruning_fidelity.json"
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = RESULTS / "h100" / "vllm.json"
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
@@ -194,6 +195,27 @@ def verdict(result: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def fidelity() -> str:
+    """Ours beside the authors' code."""
+    result = json.loads(FIDELITY.read_text())
+    lines = [
+        "| | masks that agree, layer by layer (least) | whole model | layer error, ours / theirs (farthest from 1) "
+        "| perplexity, ours / theirs |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for run in result["runs"]:
+        cells = (
+            f"{run['layer_mask_agreement']:.4%} ({run['layer_mask_agreement_min']:.2%})",
+            f"{run['model_mask_agreement']:.2%}",
+            f"{run['err_ratio_mean']:.5f} ({run['err_ratio_worst']:.4f})",
+            f"{run['ppl_ours']:.2f} / {run['ppl_theirs']:.2f} = {run['ratio']:.4f}",
+        )
+        lines.append(f"| {run['method']} {run['sparsity']:.0%} | {' | '.join(cells)} |")
+    run = result["runs"][0]
+    what = f"{result['model']}, {run['samples']} x {run['length']:,} tokens, {run['device']}:"
+    return linked(f"{what}\n\n" + "\n".join(lines), FIDELITY)
+
+
 def cost() -> str:
     """Time and memory of pruning."""
     lines = [
@@ -243,7 +265,7 @@ def useful() -> str:
 
 BLOCKS = {
     "README.md": {"demo": demo, "pruning": useful, "vllm": vllm, "cpu": cpu, "decode": decode, "gpu": gpu},
-    "docs/pruning.md": {"pruning": pruning, "cost": cost},
+    "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
     "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step, "vllm-70b": vllm_70b},
 }
 
