@@ -195,6 +195,19 @@ def verdict(result: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def one_gpu() -> str:
+    """The README's line on a model that fits one GPU only when it is sparse."""
+    result = json.loads(VLLM_70B[0].read_text())
+    run = result["runs"][0]
+    row = run["rows"][0]
+    text = (
+        f"{run['model']}'s shape fits one {result['device']} at {result['sparsity']:.0%}: "
+        f"{run['weights_gib'][0]:.1f} GiB of weights, "
+        f"{row['decode_tokens_per_s']:.1f} tokens a second at batch {row['batch']}."
+    )
+    return linked(text, VLLM_70B[0])
+
+
 def fidelity() -> str:
     """Ours beside the authors' code."""
     result = json.loads(FIDELITY.read_text())
@@ -264,7 +277,15 @@ def useful() -> str:
 
 
 BLOCKS = {
-    "README.md": {"demo": demo, "pruning": useful, "vllm": vllm, "cpu": cpu, "decode": decode, "gpu": gpu},
+    "README.md": {
+        "demo": demo,
+        "pruning": useful,
+        "vllm": vllm,
+        "one-gpu": one_gpu,
+        "cpu": cpu,
+        "decode": decode,
+        "gpu": gpu,
+    },
     "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
     "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step, "vllm-70b": vllm_70b},
 }
