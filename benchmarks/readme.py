@@ -35,10 +35,10 @@ VLLM = RESULTS / "h100" / "vllm.json"
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
 
-def linked(text: str, file: Path) -> str:
+def linked(text: str, *files: Path) -> str:
     """The text and where its figures come from."""
-    name = file.relative_to(ROOT).as_posix()
-    return f"{text}\n\nFrom [{name}]({name})."
+    names = (file.relative_to(ROOT).as_posix() for file in files)
+    return f"{text}\n\nFrom {', '.join(f'[{name}]({name})' for name in names)}."
 
 
 def demo() -> str:
@@ -136,8 +136,7 @@ def vllm_70b() -> str:
         f"{run['model']}'s shape, {results[0]['sparsity']:.0%} sparse, {run['rows'][0]['input']} tokens in; "
         f"{results[0]['device']}, vLLM {results[0]['vllm']}:"
     )
-    sources = ", ".join(f"[{name}]({name})" for name in (file.relative_to(ROOT).as_posix() for file in VLLM_70B))
-    return f"{what}\n\n{vllm_report.scaling(results)}\n\nFrom {sources}."
+    return linked(f"{what}\n\n{vllm_report.scaling(results)}", *VLLM_70B)
 
 
 def pruning() -> str:
@@ -259,8 +258,7 @@ def cost() -> str:
         lines.append(f"| {what} tokens | {run['device']} | {wall} | | {memory} |")
     if not files:
         return "Not measured yet: `python benchmarks/pruning.py speed`, `large`."
-    sources = ", ".join(f"[{name}]({name})" for name in (file.relative_to(ROOT).as_posix() for file in files))
-    return "\n".join(lines) + f"\n\nFrom {sources}."
+    return linked("\n".join(lines), *files)
 
 
 def useful() -> str:
