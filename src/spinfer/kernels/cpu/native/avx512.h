@@ -226,20 +226,10 @@ void multiply(const uint32_t* dense, int64_t pairs, const uint16_t* x, float* to
 template <class Value, class Dense, class X>
 const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, const X* x, int64_t tokens,
                      float* totals) {
-  // The first part of more than kMaxTokens tokens is the largest, and more than half of kMaxTokens.
-  static constexpr TokensBlock<Value, Dense, X> kFirst[kMaxTokens] = {
-      nullptr,
-      nullptr,
-      nullptr,
-      nullptr,
-      nullptr,
-      nullptr,
-      tokens_block<Value, 7, true>,
-      tokens_block<Value, 8, true>,
-      tokens_block<Value, 9, true>,
-      tokens_block<Value, 10, true>,
-      tokens_block<Value, 11, true>,
-      tokens_block<Value, 12, true>,
+  constexpr int64_t kLeast = kMaxTokens / 2 + 1;  // of the first part, the largest of more than kMaxTokens tokens
+  static constexpr TokensBlock<Value, Dense, X> kFirst[] = {
+      tokens_block<Value, 7, true>,  tokens_block<Value, 8, true>,  tokens_block<Value, 9, true>,
+      tokens_block<Value, 10, true>, tokens_block<Value, 11, true>, tokens_block<Value, 12, true>,
   };
   static constexpr void (*kMultiply[kMaxTokens])(const Dense*, int64_t, const X*, float*) = {
       multiply<1>, multiply<2>, multiply<3>, multiply<4>,  multiply<5>,  multiply<6>,
@@ -253,7 +243,7 @@ const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, 
     in_parts(tokens, kMaxTokens, [&](int64_t token, int64_t size) {
       const X* of_part = x + token * kRowX + 2 * start;
       if (token == 0) {
-        values = kFirst[size - 1](values, masks + 2 * start, n, of_part, totals, dense);
+        values = kFirst[size - kLeast](values, masks + 2 * start, n, of_part, totals, dense);
       } else {
         kMultiply[size - 1](dense, n, of_part, totals + token * 32);
       }
