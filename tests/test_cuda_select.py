@@ -16,10 +16,12 @@ from spinfer.kernels.cuda.select import (
     Fused,
     HopperConfig,
     PortableConfig,
+    Staged,
     WideConfig,
     choose,
     code_arch,
     hopper_config,
+    staged_config,
     wide_config,
 )
 
@@ -46,6 +48,13 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
     if isinstance(plan, Decoded):
         assert 1 <= plan.row_blocks <= grid.row_blocks
         return
+    if isinstance(plan, Staged):
+        assert device.capability == (9, 0)
+        assert [launch.first_row_block for launch in plan.launches] == [
+            sum(launch.row_blocks for launch in plan.launches[:i]) for i in range(len(plan.launches))
+        ]
+        assert sum(launch.row_blocks for launch in plan.launches) == grid.row_blocks
+        return
     assert sum(min(plan.step, tokens - start) for start in range(0, tokens, plan.step)) == tokens
     assert len(plan.passes) == -(-tokens // plan.step)
     for i, config in enumerate(plan.passes):
@@ -70,6 +79,36 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
         else:
             assert isinstance(config, PortableConfig)
             assert device.capability != (9, 0)
+
+
+@given(sides, sides, st.integers(1, 9000), st.integers(1, 200))
+def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_count: int) -> None:
+    grid = ChunkGrid.of(m, k)
+    config = staged_config(grid, 0, grid.row_blocks, tokens, DeviceTraits((9, 0), sm_count, 232448))
+    assert (config.panels - 1) * 256 < grid.row_blocks * grid.chunk_rows <= config.panels * 256
+    assert (config.token_tiles - 1) * 128 < tokens <= config.token_tiles * 128
+    rest = config.panels * config.token_tiles - config.whole
+    assert config.whole >= 0
+    assert 0 <= rest * config.shares <= config.ctas <= sm_count
+    assert 1 <= config.shares <= grid.chunks_k, "each share has a chunk"
+    assert config.ctas == min(sm_count, config.whole) or config.whole == 0
+    assert config.whole % config.ctas == 0 or rest == 0, "shares come after whole rounds"
+    assert config.row_block_group % (256 // grid.chunk_rows) == 0, "a panel is decoded side by side"
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "whole", "shares"),
+    [
+        ((4096, 4096), 512, 0, 2),
+        ((28672, 8192), 512, 396, 2),
+        ((28672, 8192), 1024, 896, 1),
+        ((8192, 8192), 512, 128, 1),
+    ],
+)
+def test_tiles_of_a_short_last_round_are_shared(shape: tuple[int, int], tokens: int, whole: int, shares: int) -> None:
+    grid = ChunkGrid.of(*shape)
+    config = staged_config(grid, 0, grid.row_blocks, tokens, H100)
+    assert (config.whole, config.shares) == (whole, shares)
 
 
 @pytest.mark.parametrize(
@@ -109,19 +148,24 @@ def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], sp
     assert hopper_config(grid, int(0.4 * shape[0] * shape[1]), 1, H100).split == split
 
 
-def test_other_dtypes_and_many_tokens_are_decoded() -> None:
+def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     grid = ChunkGrid.of(4096, 4096)
     assert isinstance(choose(grid, 1 << 20, 1, False, H100), Decoded)
-    assert isinstance(choose(grid, 1 << 20, 4096, True, H100), Decoded)
+    assert isinstance(choose(grid, 1 << 20, 4096, False, H100), Decoded)
+    assert isinstance(choose(grid, 1 << 20, 4096, True, H100), Staged)
+    assert isinstance(choose(grid, 1 << 20, 4096, True, RTX_4090), Decoded)
     assert isinstance(choose(grid, 1 << 20, 1, True, H100), Fused)
     assert isinstance(choose(grid, 1 << 20, 1, True, RTX_4090), Fused)
 
 
 def test_decoded_rows_are_bounded() -> None:
     grid = ChunkGrid.of(262144, 16384)
-    plan = choose(grid, 1 << 30, 4096, True, H100)
+    plan = choose(grid, 1 << 30, 4096, True, A100)
     assert isinstance(plan, Decoded)
     assert plan.row_blocks * grid.chunk_rows * grid.in_features * 2 <= 512 << 20
+    plan = choose(grid, 1 << 30, 4096, True, H100)
+    assert isinstance(plan, Staged)
+    assert all(launch.panels * 256 * grid.in_features * 2 <= 512 << 20 for launch in plan.launches)
 
 
 @pytest.mark.parametrize(("capability", "arch"), [((8, 0), "sm_80"), ((9, 0), "sm_90a"), ((12, 0), "sm_120")])
@@ -132,5 +176,6 @@ def test_code_arch(capability: tuple[int, int], arch: str) -> None:
 def test_argument_structs_have_the_size_of_the_kernels() -> None:
     # sizeof in csrc without padding at the end
     assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("7Q14i")
+    assert matmul._STAGED.size == struct.calcsize("7Qq11i4x")
     assert repack._REPACK_ARGS.size == struct.calcsize("6Q4i")
     assert dense._ARGS.size == struct.calcsize("4Q6i")

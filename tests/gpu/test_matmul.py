@@ -12,9 +12,9 @@ from spinfer import encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda.dense import decode_row_blocks
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.matmul import Config, FusedPass
+from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, wide_config
+from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,7 +132,7 @@ def test_nonfinite_values_propagate_as_in_dense() -> None:
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 600, 1030])
 def test_deterministic(tokens: int) -> None:
     w = random_weight(4096, 4096, 0.4)
     weight = packed(w)
@@ -159,10 +159,11 @@ def test_repacking_is_bit_exact(shape: tuple[int, int], dtype: torch.dtype) -> N
         assert torch.equal(dense.view(torch.int16), w.view(torch.int16))
 
 
-def test_cuda_graph() -> None:
+@pytest.mark.parametrize("tokens", [4, 600])
+def test_cuda_graph(tokens: int) -> None:
     w = random_weight(4096, 1024, 0.4)
     weight = packed(w)
-    x = torch.randn(4, 1024, device="cuda", dtype=torch.float16)
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.float16)
     linear(x, weight)
     graphs = []
     for _ in range(2):
@@ -193,7 +194,7 @@ def test_streams_and_threads() -> None:
     cases = []
     for m, k in [(4096, 4096), (1000, 777), (300, 5000), (17000, 256)]:
         weight = packed(random_weight(m, k, 0.4))
-        for tokens in (1, 16, 40):
+        for tokens in (1, 16, 40, 600):
             x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
             cases.append((x, weight, linear(x, weight)))
     torch.cuda.synchronize()
@@ -260,12 +261,61 @@ def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
         assert all(torch.equal(fused(x, weight, config), first) for _ in range(5))
 
 
+def staged(x: Tensor, weight: PackedWeight, sm_count: int, launches: int = 1, bias: Tensor | None = None) -> Tensor:
+    y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
+    grid = ChunkGrid.of(*weight.shape)
+    traits = DeviceTraits((9, 0), sm_count, device_traits(0).shared_nbytes)
+    panel = 256 // grid.chunk_rows
+    step = -(-grid.row_blocks // panel // launches) * panel or panel
+    configs = tuple(
+        staged_config(grid, first, min(step, grid.row_blocks - first), x.shape[0], traits)
+        for first in range(0, grid.row_blocks, step)
+    )
+    StagedMatmul(grid, configs, x.dtype, x.device)(x, *weight.parts, bias, y)
+    return y
+
+
+@hopper
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.4, 1.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (4100, 4104), (2000, 640)])
+def test_staged_shapes(shape: tuple[int, int], density: float) -> None:
+    w = random_weight(*shape, density)
+    weight = packed(w)
+    bias = torch.randn(shape[0], device="cuda", dtype=torch.float16)
+    for tokens in (1, 127, 300):
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        check(staged(x, weight, 132, bias=bias), x, w, bias)
+
+
+@hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sm_count", [1, 2, 7, 40, 132, 400])
+@pytest.mark.parametrize("tokens", [100, 513, 2500])
+def test_staged_with_any_number_of_ctas(tokens: int, sm_count: int, dtype: torch.dtype) -> None:
+    """Shared tiles and whole ones, rounds of many tiles, and more CTAs than can run at once."""
+    for shape in ((3001, 2000), (9000, 1032)):
+        w = random_weight(*shape, 0.4, dtype)
+        weight = packed(w)
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+        first = staged(x, weight, sm_count)
+        check(first, x, w)
+        assert torch.equal(staged(x, weight, sm_count), first)
+
+
+@hopper
+def test_staged_in_several_launches() -> None:
+    w = random_weight(5000, 1000, 0.4)
+    weight = packed(w)
+    x, bias = (torch.randn(n, device="cuda", dtype=torch.float16) for n in ((700, 1000), 5000))
+    check(staged(x, weight, 132, launches=3, bias=bias), x, w, bias)
+
+
 def test_completes_while_another_kernel_holds_most_sms() -> None:
     """A kernel on another stream holds its SMs until ours are through, so ours must do with what is left."""
     x = torch.randn(16, 4096, device="cuda", dtype=torch.float16)
     w = random_weight(4096, 4096, 0.4)
     weight = packed(w)
-    expected = {n: linear(x.repeat(n, 1), weight) for n in (1, 4)}
+    expected = {n: linear(x.repeat(n, 1), weight) for n in (1, 4, 40)}
     torch.cuda.synchronize()
     holder = torch.cuda.Stream()
     with torch.cuda.stream(holder):

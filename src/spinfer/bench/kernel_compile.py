@@ -10,11 +10,11 @@ import torch
 from spinfer.kernels.cuda.compile import KernelSource, cubin
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.matmul import source
-from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, choose, code_arch
+from spinfer.kernels.cuda.matmul import source, staged_source
+from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, Staged, choose, code_arch
 
 
-def plan_of(m: int, k: int, density: float, tokens: int, traits: DeviceTraits) -> Fused | Decoded:
+def plan_of(m: int, k: int, density: float, tokens: int, traits: DeviceTraits) -> Fused | Staged | Decoded:
     """What the selection chooses for a weight (m, k) of this density and x of the same dtype."""
     return choose(ChunkGrid.of(m, k), round(density * m * k), tokens, True, traits)
 
@@ -37,6 +37,8 @@ def kernel_sources(
         for density in densities:
             for n in tokens:
                 plan = plan_of(m, k, density, n, traits)
+                if isinstance(plan, Staged):
+                    found.update((staged_source(grid, dtype), None) for dtype in dtypes)
                 for config in plan.passes if isinstance(plan, Fused) else ():
                     found.update((source(grid, config, dtype), None) for dtype in dtypes)
     return list(found)

@@ -43,7 +43,7 @@ MODELS = {
 """(M, K) of each model's QKV, O, gate and up (OPT: fc1), and down (OPT: fc2) projections; QKV, and gate and up, are one
 matrix, as in vLLM."""
 
-TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 2048, 8192)
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 8192)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.select import Decoded, choose
+from spinfer.kernels.cuda.select import Decoded, Staged, choose
 from spinfer.kernels.packed import PackedWeight
 
 if TYPE_CHECKING:
-    from spinfer.kernels.cuda.matmul import FusedPass
+    from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
 
 _VALUE_DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)
@@ -97,8 +97,8 @@ class CudaBackend:
 @functools.lru_cache(maxsize=4096)
 def _plan(
     shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int
-) -> Decoded | tuple[int, tuple[FusedPass, ...]]:
-    from spinfer.kernels.cuda.matmul import FusedPass
+) -> Decoded | tuple[int, tuple[FusedPass | StagedMatmul, ...]]:
+    from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
     from spinfer.kernels.cuda.runtime import device_traits
 
     grid = ChunkGrid.of(*shape)
@@ -111,6 +111,8 @@ def _plan(
             )
         return choice
     device = torch.device("cuda", index)
+    if isinstance(choice, Staged):
+        return tokens, (StagedMatmul(grid, choice.launches, dtype, device),)
     return choice.step, tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
 
 

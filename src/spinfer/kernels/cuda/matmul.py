@@ -1,4 +1,4 @@
-"""The fused kernels: x (tokens, K) times a packed weight, one pass over the weight for some tokens."""
+"""The kernels that multiply: x (tokens, K) times a packed weight."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.layout import ChunkGrid
+from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
-from spinfer.kernels.cuda.select import HopperConfig, PortableConfig, WideConfig
+from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
 _CALL = struct.Struct("7Q2i")
 _CONSTANTS = struct.Struct("12i")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
+_STAGED = struct.Struct("7Qq11i4x")
+"""StagedArgs of csrc/matmul_staged_sm90.cu."""
+
 _NARROW_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 4
+_STAGED_THREADS, _STAGED_SHARED_NBYTES, _STAGED_TOKENS = 384, 227 * 1024, 128
 
 _tensor_maps = TensorMaps()
 _workspaces = Workspaces()
@@ -39,7 +43,6 @@ class FusedPass:
         self._kernel = load(source(grid, config, dtype), "spinfer_matmul")
         self._hopper = not isinstance(config, PortableConfig)
         self._device = device
-        self._padded = -(-grid.in_features // 8) * 8
         warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0, 0)
         if isinstance(config, HopperConfig):
             warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
@@ -67,12 +70,8 @@ class FusedPass:
             y: (tokens, M), contiguous.
         """
         tokens, in_features = x.shape
-        stride, address = x.stride(0), x.data_ptr()
-        if tokens == 1:
-            stride = self._padded
-        if address % 16 or stride % 8 or stride < in_features:  # rows must start at multiples of 16 bytes
-            x = x.new_empty(tokens, self._padded)[:, :in_features].copy_(x)
-            stride, address = self._padded, x.data_ptr()
+        x, stride = _rows_aligned(x)
+        address = x.data_ptr()
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         partials, arrivals = _workspaces.get(self._device, stream, self._floats, self._strips)
         arguments = _CALL.pack(
@@ -91,6 +90,70 @@ class FusedPass:
         self._kernel.launch(self._device.index, self._launch_shape, stream, arguments + self._constants)
 
 
+class StagedMatmul:
+    """The kernel that stages the weight, likewise: all its launches for a device.
+
+    Args:
+        grid: how the weight is cut.
+        launches: of the kernel.
+        dtype: of the values, x, bias and y.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, grid: ChunkGrid, launches: tuple[StagedConfig, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._kernel = load(staged_source(grid, dtype), "spinfer_matmul_staged")
+        self._grid, self._launches, self._device = grid, launches, device
+
+    def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Write y = x W^T + bias as `FusedPass` does."""
+        grid, (tokens, in_features) = self._grid, x.shape
+        x, stride = _rows_aligned(x)
+        x_map = _tensor_maps.get(x.data_ptr(), tokens, in_features, stride, _STAGED_TOKENS)
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        for launch in self._launches:
+            steps = grid.chunks_k * grid.blocks_k
+            shared_tiles = launch.panels * launch.token_tiles - launch.whole
+            staging = chunks.new_empty(launch.panels * steps * PANEL_ROWS * BLOCK_COLS * 2)
+            partials = chunks.new_empty(max(1, shared_tiles * launch.shares * PANEL_ROWS * _STAGED_TOKENS * 4))
+            counters = offsets.new_zeros(4 + launch.panels * grid.chunks_k + shared_tiles)
+            row = launch.first_row_block * grid.chunk_rows
+            arguments = _STAGED.pack(
+                chunks.data_ptr(),
+                offsets.data_ptr() + launch.first_row_block * grid.chunks_k * offsets.element_size(),
+                staging.data_ptr(),
+                partials.data_ptr(),
+                counters.data_ptr(),
+                y.data_ptr() + row * y.element_size(),
+                0 if bias is None else bias.data_ptr() + row * bias.element_size(),
+                y.stride(0),
+                tokens,
+                min(launch.row_blocks * grid.chunk_rows, grid.out_features - row),
+                grid.chunks_k,
+                launch.row_blocks,
+                -(-in_features // BLOCK_COLS),
+                launch.panels,
+                launch.token_tiles,
+                launch.token_group,
+                launch.row_block_group,
+                launch.whole,
+                launch.shares,
+            )
+            shape = LaunchShape(launch.ctas, _STAGED_THREADS, _STAGED_SHARED_NBYTES)
+            self._kernel.launch(self._device.index, shape, stream, x_map + arguments)
+
+
+def _rows_aligned(x: Tensor) -> tuple[Tensor, int]:
+    """x, or a copy of it, whose rows start at multiples of 16 bytes, and its row stride."""
+    tokens, in_features = x.shape
+    padded = -(-in_features // 8) * 8
+    stride = padded if tokens == 1 else x.stride(0)
+    if x.data_ptr() % 16 or stride % 8 or stride < in_features:
+        return x.new_empty(tokens, padded)[:, :in_features].copy_(x), padded
+    return x, stride
+
+
 def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     """What to compile for a configuration."""
     defines = {
@@ -103,3 +166,9 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     if isinstance(config, WideConfig):
         return KernelSource("matmul_wide_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_WARPS", config.warps)))
     return KernelSource("matmul_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_SPLIT", config.split)))
+
+
+def staged_source(grid: ChunkGrid, dtype: torch.dtype) -> KernelSource:
+    """What to compile for the kernel that stages the weight."""
+    defines = (("SPINFER_BF16", int(dtype == torch.bfloat16)), ("SPINFER_BLOCKS_M", grid.blocks_m))
+    return KernelSource("matmul_staged_sm90.cu", "sm_90a", defines)

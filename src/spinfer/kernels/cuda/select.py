@@ -21,16 +21,22 @@ _MAX_SLOTS = 8
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
-_MOST_HOPPER, _MOST_HOPPER_SHORT = 768, 448
-"""Most tokens of the fused path; the second with chunks of 64 rows. Measured on an H100 at 60 %: of 28672 x 4096 a
-pass of 256 tokens takes 128 us, decoding 155 and cuBLAS 157 at 512 tokens, so that they are even at 768; 4096 x 14336
-is even at 448."""
+_MOST_HOPPER, _MOST_HOPPER_SHORT = 512, 448
+"""Most tokens of the fused kernels on Hopper; the second with chunks of 64 rows. Beyond, a weight is staged."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
 
 _WORKSPACE_NBYTES = 512 << 20
-"""Dense rows held at a time on the decoded path: a whole matrix of any common layer, so that cuBLAS fills the GPU."""
+"""Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
+
+PANEL_ROWS, _TILE_TOKENS = 256, 128
+"""A tile of csrc/matmul_staged_sm90.cu: kRows, kTileTokens."""
+
+_TOKEN_GROUP = 16
+"""Token tiles that all panels are multiplied with before the next ones: their x, 32 MB at K = 8192, stays in L2."""
+
+_MOST_SHARES = 4
 
 _BARRIER_NBYTES = 1024
 
@@ -105,6 +111,33 @@ class WideConfig:
     ring_nbytes: int
     shared_nbytes: int
     in_flight: int
+
+
+@dataclass(frozen=True)
+class StagedConfig:
+    """One launch of csrc/matmul_staged_sm90.cu; the first seven are fields of its StagedArgs.
+
+    Attributes:
+        row_blocks: chunks along M.
+        panels: of PANEL_ROWS rows.
+        token_tiles: tiles along N.
+        token_group: how many of them all panels are multiplied with before the next ones.
+        row_block_group: row blocks that are decoded side by side.
+        whole: tiles that one CTA computes.
+        shares: CTAs of each of the other tiles.
+        first_row_block: chunk along M that the launch begins with.
+        ctas: how many.
+    """
+
+    row_blocks: int
+    panels: int
+    token_tiles: int
+    token_group: int
+    row_block_group: int
+    whole: int
+    shares: int
+    first_row_block: int
+    ctas: int
 
 
 @dataclass(frozen=True)
@@ -245,6 +278,40 @@ def wide_config(
     )
 
 
+def staged_config(
+    grid: ChunkGrid, first_row_block: int, row_blocks: int, tokens: int, traits: DeviceTraits
+) -> StagedConfig:
+    """Configuration of one launch of the kernel that stages the weight.
+
+    Tiles that would leave more than half of the CTAs idle in a last round are shared along K.
+
+    Args:
+        grid: how the weight is cut.
+        first_row_block: chunk along M to begin with, a multiple of a panel's.
+        row_blocks: how many.
+        tokens: N.
+        traits: of the device.
+    """
+    blocks_a_panel = PANEL_ROWS // grid.chunk_rows
+    panels, token_tiles = -(-row_blocks // blocks_a_panel), -(-tokens // _TILE_TOKENS)
+    token_group = min(token_tiles, _TOKEN_GROUP)
+    tiles = panels * token_tiles
+    rest = tiles % traits.sm_count
+    shares = max(1, min(_MOST_SHARES, traits.sm_count // rest, grid.chunks_k)) if rest else 1
+    whole = tiles - rest if shares > 1 else tiles
+    return StagedConfig(
+        row_blocks=row_blocks,
+        panels=panels,
+        token_tiles=token_tiles,
+        token_group=token_group,
+        row_block_group=min(panels, -(-traits.sm_count // token_group)) * blocks_a_panel,
+        whole=whole,
+        shares=shares,
+        first_row_block=first_row_block,
+        ctas=min(traits.sm_count, whole) if whole else rest * shares,
+    )
+
+
 def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> PortableConfig:
     """Configuration of one pass with 1 to 32 tokens on a GPU other than Hopper."""
     tile = next(tile for tile in _PORTABLE_TILES if tile >= tokens)
@@ -269,6 +336,13 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Staged:
+    """Launches of the kernel that stages the weight, over its rows."""
+
+    launches: tuple[StagedConfig, ...]
+
+
+@dataclass(frozen=True)
 class Decoded:
     """Decode `row_blocks` row blocks at a time into a workspace and multiply with cuBLAS."""
 
@@ -276,7 +350,7 @@ class Decoded:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits) -> Fused | Decoded:
+def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits) -> Fused | Staged | Decoded:
     """How to compute x W^T for a weight on a GPU.
 
     Args:
@@ -293,6 +367,15 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
         step = _PORTABLE_TILES[-1]
         return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))
     row_nbytes = grid.chunk_rows * grid.in_features * 2
+    if same_dtype and hopper:
+        blocks_a_panel = PANEL_ROWS // grid.chunk_rows
+        step = max(1, _WORKSPACE_NBYTES // (row_nbytes * blocks_a_panel)) * blocks_a_panel
+        return Staged(
+            tuple(
+                staged_config(grid, first, min(step, grid.row_blocks - first), tokens, traits)
+                for first in range(0, grid.row_blocks, step)
+            )
+        )
     return Decoded(row_blocks=max(1, min(grid.row_blocks, _WORKSPACE_NBYTES // row_nbytes)))
 
 

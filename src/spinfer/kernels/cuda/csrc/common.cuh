@@ -52,6 +52,12 @@ __device__ __forceinline__ uint4 ldmatrix_x4(u32 address) {
                : "r"(address));
   return v;
 }
+// The reverse: lane 4 g + t gives columns 2 t and 2 t + 1 of row g of each matrix.
+__device__ __forceinline__ void stmatrix_x4(u32 address, const u32 (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+               "r"(v[3])
+               : "memory");
+}
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
   u32 v;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
