@@ -2,7 +2,7 @@
 
     python benchmarks/pruning.py grid  --model DIR --calibration FILE --evaluation FILE --out RESULTS/pruning.json
     python benchmarks/pruning.py plot  RESULTS/pruning.json          # perplexity against bits a weight, as SVG
-    python benchmarks/pruning.py large --out RESULTS/pruning_8b.json --blocks 3
+    python benchmarks/pruning.py large --out RESULTS/pruning_8b.json --blocks 32
     python benchmarks/pruning.py speed --model DIR --calibration FILE --out RESULTS/pruning_speed.json
 
 `grid` prunes one model by every method, allocation and sparsity, and evaluates each on text that calibration did not

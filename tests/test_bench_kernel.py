@@ -372,6 +372,12 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert len(printed) == 8
     assert printed[-1].startswith("6 cases")
 
+    monkeypatch.setattr("spinfer.bench.kernel.linear", lambda x, weight: torch.zeros(x.shape[0], weight.shape[0]))
+    with pytest.raises(SystemExit) as status:
+        kernel_sweep.main()
+    assert status.value.code == 1
+    assert "6 of them wrong" in capsys.readouterr().out
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,6 +49,17 @@ def sweep(tmp_path: Path) -> Sweep:
     return Sweep(path)
 
 
+def test_wrong_results_are_named_and_in_no_table(sweep: Sweep) -> None:
+    recorded = json.loads(sweep.path.read_text())
+    recorded["results"].append(row((8192, 8192), 64, 0.6, 9.9, error=0.04))
+    sweep.path.write_text(json.dumps(recorded))
+    found = Sweep(sweep.path)
+    assert len(found.rows) == len(sweep.rows)
+    text = report(found)
+    assert "Wrong, and left out of all tables:** 8192 x 8192, float16, 60% zeros (random), N = 64" in text
+    assert "9.9" not in text
+
+
 def test_the_tables_say_what_the_results_say(sweep: Sweep) -> None:
     text = report(sweep)
     assert "driver 580, commit abc, read 3.00 TB/s." in text

@@ -131,6 +131,14 @@ def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
     assert (config.tokens, config.passes, config.warps) == (tile, passes, warps)
 
 
+@pytest.mark.parametrize("tokens", [33, 48, 64, 100, 256])
+@pytest.mark.parametrize("rows", [64, 4096, 8192])
+def test_dense_weights_leave_x_two_boxes_for_each_warp_along_k(rows: int, tokens: int) -> None:
+    config = wide_config(ChunkGrid.of(rows, 14336), rows * 14336, tokens, H100)
+    assert config.boxes >= (8 if rows <= 4096 and config.warps == 16 else 4)
+    assert config.ring_nbytes >= MAX_CHUNK_NBYTES
+
+
 @pytest.mark.parametrize(
     ("shape", "split"),
     [

@@ -76,6 +76,15 @@ def test_shapes(shape: tuple[int, int], density: float) -> None:
         check(linear(x, weight), x, w)
 
 
+@pytest.mark.parametrize("density", [0.7, 1.0])
+@pytest.mark.parametrize("tokens", [33, 48, 64])
+def test_dense_weights_with_many_tokens(tokens: int, density: float) -> None:
+    """The weight and x compete for shared memory; four warps along k wait for their boxes of x."""
+    w = random_weight(4096, 5000, density)
+    x = torch.randn(tokens, 5000, device="cuda", dtype=torch.float16)
+    check(linear(x, packed(w)), x, w)
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 32, 128])
 def test_uneven_density(tokens: int) -> None:
     """Chunks of very different sizes follow each other through the ring: dense, empty, and in between."""

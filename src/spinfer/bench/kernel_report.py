@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spinfer.bench.kernel_targets import missed
+from spinfer.bench.kernel_targets import is_right, missed
 
 Row = dict[str, Any]
 
@@ -33,7 +33,8 @@ class Sweep:
         path: of the JSON file.
         environment: see `kernel.environment`.
         overheads: see `kernel_overheads`.
-        rows: see `kernel.ShapeBench.measure`.
+        rows: see `kernel.ShapeBench.measure`; those whose results are right.
+        wrong: the others.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +44,8 @@ class Sweep:
         self.digest = hashlib.sha256(content).hexdigest()
         self.environment: dict[str, Any] = recorded["environment"]
         self.overheads: dict[str, Any] = recorded.get("overheads", {})
-        self.rows: list[Row] = recorded["results"]
+        self.rows: list[Row] = [row for row in recorded["results"] if is_right(row)]
+        self.wrong: list[Row] = [row for row in recorded["results"] if not is_right(row)]
 
     @property
     def device(self) -> str:
@@ -180,6 +182,11 @@ def report(sweep: Sweep) -> str:
         f"{len(sweep.rows)} cases; largest relative error against float64: {max(errors):.2e}. "
         "Microseconds; speed-up over cuBLAS fp16; share of the byte limit, a pure read of 2 nnz + M K / 8 bytes.",
     ]
+    for row in sweep.wrong:
+        parts.append(
+            f"**Wrong, and left out of all tables:** {row['m']} x {row['k']}, {row['dtype']}, "
+            f"{row['sparsity']:.0%} zeros ({row['mask']}), N = {row['n']}: relative error {row['error']:.1e}."
+        )
     for n in (1, 16):
         if sweep.of("grid", n=n):
             parts += [f"## N = {n}", _details(sweep, n)]

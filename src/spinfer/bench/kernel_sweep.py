@@ -26,6 +26,7 @@ from spinfer.bench.kernel import ShapeBench, bandwidths, environment, require_cu
 from spinfer.bench.kernel_compile import compile_all, kernel_sources
 from spinfer.bench.kernel_masks import MASKS, RealMask
 from spinfer.bench.kernel_overheads import first_call, launches, repacking
+from spinfer.bench.kernel_targets import is_right
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.runtime import device_traits
 
@@ -248,9 +249,14 @@ def main() -> None:
         sweep(results, groups, real=real, budget_s=options.time_budget)
     finally:
         results.save(now=True)
+    content = results.content
+    wrong = sum(not is_right(row) for row in content["results"])
     print(
-        f"{len(results.content['results'])} cases in {results.seconds:.0f} s, {len(results.content['errors'])} errors"
+        f"{len(content['results'])} cases in {results.seconds:.0f} s, {wrong} of them wrong, "
+        f"{len(content['errors'])} errors"
     )
+    if wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,15 @@ _H200 = (
 )
 
 
+_MOST_ERROR = {"float16": 4e-4, "bfloat16": 3e-3}
+"""Relative to float64. Beyond, a result is wrong, and how fast it came means nothing."""
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether a row's result is as near to float64 as its type allows."""
+    return bool(row["error"] <= _MOST_ERROR[row["dtype"]])
+
+
 def target(device: str, row: dict[str, Any]) -> float | None:
     """The speed-up that a row should reach on a device ("NVIDIA H100 ..."), or None where there is no target."""
     shape, sparsity, n = (row["m"], row["k"]), row["sparsity"], row["n"]

@@ -257,11 +257,13 @@ def wide_config(
     box = tile * 128
     warps = 16 if tile <= _FEW else 8
     bands_a_warp = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2  # kBandsAWarp
-    fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, warps * bands_a_warp // (2 * grid.blocks_m), tile)
+    warps_k = warps * bands_a_warp // (2 * grid.blocks_m)
+    fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, warps_k, tile)
     room = traits.shared_nbytes - fixed
     wanted = max(MAX_CHUNK_NBYTES, int(3.5 * grid.mean_chunk_nbytes(nnz)))
     if boxes is None:
-        boxes = max(4, min(12, (room - wanted) // box))
+        # Warps give a box back when they have the next one: with a box each, all would wait for ever.
+        boxes = max(4, 2 * warps_k, min(12, (room - wanted) // box))
     ring = (room - boxes * box) // 128 * 128
     passes = -(-tokens // tile)
     return WideConfig(
