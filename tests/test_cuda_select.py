@@ -131,11 +131,14 @@ def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
     assert (config.tokens, config.passes, config.warps) == (tile, passes, warps)
 
 
-@pytest.mark.parametrize("tokens", [33, 48, 64, 100, 256])
+@pytest.mark.parametrize("tokens", [33, 48, 64, 96, 100, 256])
+@pytest.mark.parametrize("density", [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
 @pytest.mark.parametrize("rows", [64, 4096, 8192])
-def test_dense_weights_leave_x_two_boxes_for_each_warp_along_k(rows: int, tokens: int) -> None:
-    config = wide_config(ChunkGrid.of(rows, 14336), rows * 14336, tokens, H100)
-    assert config.boxes >= (8 if rows <= 4096 and config.warps == 16 else 4)
+def test_warps_along_k_share_boxes_of_x_evenly(rows: int, density: float, tokens: int) -> None:
+    config = wide_config(ChunkGrid.of(rows, 14336), int(density * rows * 14336), tokens, H100)
+    warps_k = (4 if config.warps == 16 else 2) if rows <= 4096 else (2 if tokens <= 128 else 1)
+    assert config.boxes % warps_k == 0
+    assert config.boxes >= 2 * warps_k
     assert config.ring_nbytes >= MAX_CHUNK_NBYTES
 
 
