@@ -192,6 +192,15 @@ def test_zeros_that_are_there_stay_and_count(method: str, already: float) -> Non
     assert (groups_of(patterned, Pattern(2, 4)) <= 2).all()
 
 
+def test_sparsegpt_may_change_a_weight_that_happens_to_be_zero() -> None:
+    """As it may change one that is nearly zero."""
+    weight, inputs = layer()
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(6)) < 0.008] = 0
+    nearly = weight.masked_fill(weight == 0, 1e-30)
+    expected = prune("sparsegpt", nearly, inputs, 0.5)
+    assert torch.equal(prune("sparsegpt", weight, inputs, 0.5), expected)
+
+
 def prune(method: str, weight: Tensor, inputs: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:
     if method == "magnitude":
         return prune_magnitude_(weight, sparsity, pattern)

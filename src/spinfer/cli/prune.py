@@ -102,7 +102,8 @@ def _say(report: PruningReport) -> None:
         stderr.print(f"left dense: {name}: {reason}", markup=False)
     if report.zeros_before:
         share = report.zeros_before / report.weights
-        stderr.print(f"the model had {report.zeros_before:,} zeros already ({share:.2%}); they are kept")
+        kept = "; they are kept" if any(matrix.was_pruned for matrix in report.matrices) else ""
+        stderr.print(f"the model had {report.zeros_before:,} zeros already ({share:.2%}){kept}")
     dead = [matrix.name for matrix in report.matrices if matrix.dead_inputs]
     if dead:
         stderr.print(f"inputs that no calibration token used, in {len(dead)} Linears: {', '.join(dead[:3])}, …")

@@ -14,12 +14,13 @@ class MatrixReport:
     Attributes:
         name: see `Matrix`.
         shape: (out_features, in_features).
-        zeros_before: zeros that it had; they are kept.
+        zeros_before: zeros that it had.
         zeros: that it has now.
         tokens: calibration tokens that reached it; None without calibration.
         dead_inputs: inputs that were zero in all of them.
         method: that pruned it: the recipe's, or magnitude for an expert that too few tokens reach.
         damping: added to the Hessian, as a share of its mean diagonal; None where none was used.
+        was_pruned: whether its zeros before were a mask, which is kept: see `masks.is_pruned`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class MatrixReport:
     dead_inputs: int = 0
     method: str = "magnitude"
     damping: float | None = None
+    was_pruned: bool = False
 
     @property
     def weights(self) -> int:

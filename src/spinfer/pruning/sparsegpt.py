@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spinfer.errors import SpinferError
 from spinfer.pruning.hessian import InverseFactor
-from spinfer.pruning.masks import check_sparsity, lowest, outside_pattern, zeros_first
+from spinfer.pruning.masks import check_sparsity, is_pruned, lowest, outside_pattern, zeros_first
 from spinfer.pruning.pattern import Pattern
 
 BLOCK_SIZE = 128
@@ -26,7 +26,8 @@ def prune_sparsegpt_(
     """Prune and update, in place; returns the weight.
 
     Of every `block_size` columns the `floor(sparsity * n)` of n weights go that cost the output least; what stays in
-    the columns to their right is changed to make up for them. Zeros stay zero, and all weights of a dead input go.
+    the columns to their right is changed to make up for them. Zeros of a weight that `is_pruned` stay zero, and all
+    weights of a dead input go.
 
     Args:
         weight: [out_features, in_features], any floating type; computed in that of `inverse`.
@@ -50,7 +51,9 @@ def prune_sparsegpt_(
     # Transposed, so that a column of W is contiguous: each step reads one and updates those after it.
     work = weight.t().to(inverse.upper.dtype, copy=True, memory_format=torch.contiguous_format)
     work[inverse.dead] = 0
-    gone = (weight.t() == 0).contiguous() | inverse.dead[:, None]
+    gone = inverse.dead[:, None].expand(weight.t().shape).clone()
+    if is_pruned(weight):
+        gone |= weight.t() == 0
     for begin in range(0, columns, block_size):
         end = min(begin + block_size, columns)
         upper = inverse.upper[begin:end, begin:end]
