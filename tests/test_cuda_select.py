@@ -164,6 +164,8 @@ def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     assert isinstance(choose(grid, 1 << 20, 1, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, True, H100), Staged)
+    assert isinstance(choose(grid, 1 << 20, 512, True, H100), Decoded), "small"
+    assert isinstance(choose(ChunkGrid.of(4096, 14336), 1 << 20, 512, True, H100), Staged)
     assert isinstance(choose(grid, 1 << 20, 4096, True, RTX_4090), Decoded)
     assert isinstance(choose(grid, 1 << 20, 1, True, H100), Fused)
     assert isinstance(choose(grid, 1 << 20, 1, True, RTX_4090), Fused)
