@@ -9,19 +9,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 
 from fetch import fetch_model
-from run import prune
 
 NAME = "smollm2-135m-spinfer"
 
 
 def main() -> None:
-    """Do nothing where the model is there already."""
+    """Make what is not there already."""
     folder = Path(sys.argv[1])
-    if not (folder / NAME).exists():
-        folder.mkdir(exist_ok=True)
-        pruned = folder / "smollm2-135m-pruned"
-        prune(fetch_model(folder), pruned, 0.5)
-        subprocess.run([sys.executable, "-m", "spinfer", "compress", pruned, "-o", folder / NAME], check=True)
+    pruned, compressed = folder / "smollm2-135m-pruned", folder / NAME
+    folder.mkdir(exist_ok=True)
+    if not pruned.exists():
+        spinfer("prune", fetch_model(folder), "--method", "magnitude", "-o", pruned)
+    if not compressed.exists():
+        spinfer("compress", pruned, "-o", compressed)
+
+
+def spinfer(*arguments: str | Path) -> None:
+    """Run `spinfer ...`."""
+    subprocess.run([sys.executable, "-m", "spinfer", *arguments], check=True)
 
 
 if __name__ == "__main__":
