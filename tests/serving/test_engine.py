@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -96,15 +98,23 @@ def test_architectures(small: Callable[[str], Path], architecture: str, ranks: i
     options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
     if ranks > 1:
         options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
-    result = vllm_generate(model, PROMPTS[:3], max_tokens=8, **options)
-    assert result["tokens"] == transformers_tokens(model, PROMPTS[:3], 8)
+    result = vllm_generate(model, PROMPTS, max_tokens=8, **options)
+    assert result["tokens"] == transformers_tokens(model, PROMPTS, 8)
+
+
+TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 def refused(model: Path, **options: Any) -> str:
-    """What vLLM says when it stops."""
+    """What vLLM says when it stops, on two ranks."""
     with pytest.raises(RuntimeError) as caught:
-        vllm_generate(model, PROMPTS[:1], enforce_eager=True, **options)
+        vllm_generate(model, PROMPTS[:1], enforce_eager=True, **TWO_RANKS, **options)
     return str(caught.value)
+
+
+def said_by_each_rank(output: str, message: str) -> bool:
+    """Whether both ranks stopped with the message."""
+    return all(re.search(rf"Worker_TP{rank} .*Error: {re.escape(message)}", output) for rank in (0, 1))
 
 
 def test_a_format_version_of_the_future_is_refused(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -115,23 +125,60 @@ def test_a_format_version_of_the_future_is_refused(small: Callable[[str], Path],
     assert "format version 2 is newer than this spinfer reads (1)" in refused(model)
 
 
+def test_another_version_of_vllm_is_refused(
+    small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    package = tmp_path / "vllm"
+    package.mkdir()
+    for file in Path(found.origin).parent.iterdir():  # the installed package, but for the version that it gives itself
+        if file.name == "_version.py":
+            (package / file.name).write_text(file.read_text().replace("0.32.0", "0.99.0"))
+        elif file.name != "__pycache__":
+            (package / file.name).symlink_to(file)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    message = "this spinfer serves compressed models with vLLM 0.26 to 0.32, but vLLM 0.99.0 is installed"
+    assert message in refused(small("wide"))
+
+
 def test_a_size_that_cuts_tiles_is_refused(small: Callable[[str], Path]) -> None:
-    message = refused(small("llama"), tensor_parallel_size=2, distributed_executor_backend="mp")
-    assert "tensor-parallel size 2 cuts 'model.layers.0.self_attn.k_proj', 64 x 128, inside of a GroupTile" in message
+    message = "tensor-parallel size 2 cuts 'model.layers.0.self_attn.k_proj', 64 x 128, inside of a GroupTile"
+    assert said_by_each_rank(refused(small("llama")), message)
 
 
-def test_a_missing_shard_is_named(small: Callable[[str], Path], tmp_path: Path) -> None:
-    dense = tmp_path / "dense"
-    save_with_tokenizer(pruned_model("wide", dtype=torch.float32), dense)
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in several files."""
+    folder = tmp_path_factory.mktemp("sharded")
+    dense = save_with_tokenizer(pruned_model("wide", dtype=torch.float32), folder / "dense")
     found = model_linears(str(dense))
-    model = tmp_path / "sharded"
-    compress_checkpoint(dense, model, linears=found.linears, dense=found.dense, max_shard_nbytes=200_000)
-    files = sorted(model.glob("*.safetensors"))
-    assert len(files) > 2
-    files[1].unlink()
-    message = refused(model, tensor_parallel_size=2, distributed_executor_backend="mp")
-    assert f"rank 0: {files[1]} is missing" in message
-    assert f"rank 1: {files[1]} is missing" in message
+    compress_checkpoint(dense, folder / "model", linears=found.linears, dense=found.dense, max_shard_nbytes=200_000)
+    return folder / "model"
+
+
+def without_a_file(model: Path, copy: Path) -> Path:
+    """Copy the model but for one file; returns where that would be."""
+    shutil.copytree(model, copy)
+    missing = sorted(copy.glob("*.safetensors"))[1]
+    missing.unlink()
+    return missing
+
+
+def test_a_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
+    missing = without_a_file(sharded, tmp_path / "copy")
+    output = refused(tmp_path / "copy")
+    assert said_by_each_rank(output, f"rank 0: {missing} is missing")
+    assert f"; rank 1: {missing} is missing" in output
+
+
+def test_a_shard_missing_on_one_rank_stops_both(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = without_a_file(sharded, tmp_path / "copy")
+    monkeypatch.setenv("SPINFER_TEST_COPY", str(missing.parent))
+    output = refused(sharded, worker_cls="copies.OtherCopy")
+    assert said_by_each_rank(output, f"rank 1: {missing} is missing")
+    assert "rank 0: " not in output
 
 
 @pytest.fixture(scope="module")
