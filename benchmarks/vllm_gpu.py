@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ MODES = ("bf16", "fp8", "sparse")
 CATEGORIES = {
     "sparse Linears": r"spinfer",
     "attention": r"flash|fmha|attn|attention|reshape_and_cache",
-    "collectives": r"nccl|all_?reduce|all_?gather",
-    "dense products": r"gemm|gemv|nvjet|cutlass|cublas|splitk|wgmma|_mm_",
+    "collectives": r"nccl|all_?reduce|all_?gather|cross_device_reduce",
+    "dense products": r"gemm|gemv|nvjet|cutlass|cublas|splitk|wgmma|_mm_|::\w*mm$",
 }
 """Kernel names of one decode step, the first match counts; what is left is norms, activations, rotary, sampling."""
 
@@ -56,34 +56,55 @@ def environment() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
 
 
-def forked(job: Callable[..., Any], *arguments: Any, limit_s: float) -> dict[str, Any]:
-    """Run a job in a child process; what it returns, or {"error": ...}."""
+def forked(
+    job: Callable[..., Iterator[dict[str, Any]]],
+    *arguments: Any,
+    limit_s: float,
+    progress: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Run a job in a child process; the last of what it yields, with "error" beside it where the job did not end well.
+
+    Args:
+        job: yields what it has, each time more.
+        arguments: of the job.
+        limit_s: it is stopped after so many seconds.
+        progress: is given everything but the last.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
         try:
-            sender.send(job(*arguments))
+            for found in job(*arguments):
+                sender.send(found)
+            sender.send(None)
         except BaseException:
             sender.send({"error": traceback.format_exc()[-4000:]})
 
     process = context.Process(target=child)
     process.start()
     sender.close()
+    ends, result = time.monotonic() + limit_s, {}
     try:
-        if not receiver.poll(limit_s):
-            return {"error": f"stopped after {limit_s:.0f} s"}
-        return dict(receiver.recv())
+        while receiver.poll(max(0.0, ends - time.monotonic())):
+            found = receiver.recv()
+            if found is None or "error" in found:
+                process.join(60)  # it stops its workers
+                return result | (found or {})
+            result = found
+            progress(result)
+        return result | {"error": f"stopped after {limit_s:.0f} s"}
     except EOFError:
-        return {"error": "the process died"}
+        return result | {"error": "the process died"}
     finally:
-        process.join(20)
         if process.is_alive():
             process.kill()
-            process.join()
+        process.join()
 
 
-def prepare(name: str, directory: Path, sparsity: float, tokens: Sequence[int], device: str) -> dict[str, Any]:
+def prepare(
+    name: str, directory: Path, sparsity: float, tokens: Sequence[int], device: str
+) -> Iterator[dict[str, Any]]:
     """Write the compressed checkpoint, and meanwhile compile the kernels that it will need."""
     import torch
     from random_models import SHAPES, write_compressed
@@ -106,7 +127,7 @@ def prepare(name: str, directory: Path, sparsity: float, tokens: Sequence[int], 
         written_s = time.perf_counter() - began
         for job in jobs:
             job.result()
-    return {"nbytes": nbytes, "write_s": round(written_s, 1), "seconds": round(time.perf_counter() - began, 1)}
+    yield {"nbytes": nbytes, "write_s": round(written_s, 1), "seconds": round(time.perf_counter() - began, 1)}
 
 
 class Engine:
@@ -191,41 +212,77 @@ class Engine:
         }
 
     def profile(self, batch: int, length: int, decode_ms: float, steps: int = 16) -> dict[str, Any]:
-        """GPU time of one decode step by kind of kernel: a profile of `steps` more tokens less one of a single token.
+        """Time of one decode step by kind of kernel: a profile of `steps` more tokens less one of a single token.
 
-        Gaps are what the kernels leave of the step as it was timed without a profiler.
+        Gaps are what the kernels of the first rank leave of the step as it was timed without a profiler. A collective
+        counts from the rank's own arrival, so the ranks' differ by what one waits for another.
         """
-        import torch
 
-        def kernels(count: int) -> dict[str, float]:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                self.generate(self.prompts(batch, length), count)
-                torch.cuda.synchronize()
-            found: dict[str, float] = {}
-            for event in profiler.events():
-                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-                    found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us()
-            return found
+        def kernels(count: int) -> list[dict[str, float]]:
+            self.llm.collective_rpc(_start_profile)
+            self.generate(self.prompts(batch, length), count)
+            return list(self.llm.collective_rpc(_stop_profile))
 
         kernels(1)
-        before, after = kernels(1), kernels(1 + steps)
-        each = {name: (after[name] - before.get(name, 0.0)) / steps for name in after}
-        totals = dict.fromkeys((*CATEGORIES, "norms and the rest"), 0.0)
-        for name, us in each.items():
-            kind = next((k for k, pattern in CATEGORIES.items() if re.search(pattern, name, re.IGNORECASE)), None)
-            totals[kind or "norms and the rest"] += us
+        ranks = [
+            {name: (us - before.get(name, 0.0)) / steps for name, us in after.items()}
+            for before, after in zip(kernels(1), kernels(1 + steps), strict=True)
+        ]
+        totals = [_by_kind(each) for each in ranks]
+        longest = sorted(ranks[0].items(), key=lambda item: -item[1])[:25]
         return {
             "batch": batch,
             "input": length,
-            "step_us": {kind: round(us, 1) for kind, us in totals.items()},
-            "gaps_us": round(decode_ms * 1e3 - sum(totals.values()), 1),
-            "kernels_us": {n[:160]: round(us, 2) for n, us in sorted(each.items(), key=lambda item: -item[1])[:25]},
+            "step_us": totals[0],
+            "step_us_of_ranks": totals,
+            "gaps_us": round(decode_ms * 1e3 - sum(totals[0].values()), 1),
+            "kernels_us": {name[:160]: round(us, 2) for name, us in longest},
         }
+
+    def close(self) -> None:
+        """Stop the workers; a process that ends without this has them killed, which vLLM calls unexpected."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _by_kind(kernels: Mapping[str, float]) -> dict[str, float]:
+    """Microseconds of each kind of kernel."""
+    totals = dict.fromkeys((*CATEGORIES, "norms and the rest"), 0.0)
+    for name, us in kernels.items():
+        kind = next((k for k, pattern in CATEGORIES.items() if re.search(pattern, name, re.IGNORECASE)), None)
+        totals[kind or "norms and the rest"] += us
+    return {kind: round(us, 1) for kind, us in totals.items()}
 
 
 def _weights_gib(worker: Any) -> float:
     """What one rank's weights take."""
     return sum(parameter.nbytes for parameter in worker.model_runner.model.parameters()) / 2**30
+
+
+def _start_profile(worker: Any) -> None:
+    """Profile one rank, in its own process, where alone its kernels are seen."""
+    from torch import cuda, profiler
+
+    kind = profiler.ProfilerActivity
+    worker.step_profiler = profiler.profile(activities=[kind.CUDA if cuda.is_available() else kind.CPU])
+    worker.step_profiler.start()
+
+
+def _stop_profile(worker: Any) -> dict[str, float]:
+    """Microseconds of one rank's kernels by name; on a CPU, of its operators."""
+    from torch import autograd, cuda
+
+    if cuda.is_available():
+        cuda.synchronize()
+    worker.step_profiler.stop()
+    found: dict[str, float] = {}
+    for event in worker.step_profiler.events():
+        if event.is_user_annotation:
+            continue
+        if event.device_type == autograd.DeviceType.CUDA:
+            found[event.name] = found.get(event.name, 0.0) + event.time_range.elapsed_us()
+        elif not cuda.is_available():
+            found[event.name] = found.get(event.name, 0.0) + event.self_cpu_time_total
+    return found
 
 
 def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -244,28 +301,38 @@ def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[s
     return {"weights_gib": round(weights / arguments.tensor_parallel / 2**30, 3), "kv_cache_tokens": found.kv_tokens}
 
 
-def run(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All measurements of one engine."""
+def run(directory: Path, mode: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All measurements of one engine, given again after each."""
     engine = Engine(directory, mode, arguments)
-    result = engine.facts() | {"planned": planned(directory, mode, arguments), "rows": [], "profiles": []}
-    for length in arguments.inputs:
-        for batch in arguments.batches:
-            row = engine.measure(batch, length, arguments.new_tokens, arguments.repeats)
-            print(mode, json.dumps(row), file=sys.stderr, flush=True)
-            result["rows"].append(row)
-            if batch in arguments.profile and length == arguments.inputs[0]:
-                result["profiles"].append(engine.profile(batch, length, row["decode_ms"]))
-    return result
+    try:
+        result = engine.facts() | {"planned": planned(directory, mode, arguments), "rows": [], "profiles": []}
+        for length in arguments.inputs:
+            for batch in arguments.batches:
+                if batch * (length + arguments.new_tokens) > result["kv_cache_tokens"]:
+                    result.setdefault("does_not_fit", []).append({"batch": batch, "input": length})
+                    continue
+                row = engine.measure(batch, length, arguments.new_tokens, arguments.repeats)
+                print(mode, json.dumps(row), file=sys.stderr, flush=True)
+                result["rows"].append(row)
+                yield result
+                if batch in arguments.profile and length == arguments.inputs[0]:
+                    result["profiles"].append(engine.profile(batch, length, row["decode_ms"]))
+        yield result
+    finally:
+        engine.close()
 
 
-def greedy_vllm(directory: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> dict[str, Any]:
+def greedy_vllm(directory: Path, prompts: list[list[int]], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Continue each prompt greedily in vLLM, one at a time."""
     arguments = argparse.Namespace(**vars(arguments) | {"tensor_parallel": 1, "utilization": 0.5})
     engine = Engine(directory, "sparse", arguments)
-    return {"tokens": [engine.generate([prompt], 32)[1][0] for prompt in prompts]}
+    try:
+        yield {"tokens": [engine.generate([prompt], 32)[1][0] for prompt in prompts]}
+    finally:
+        engine.close()
 
 
-def greedy_transformers(directory: Path, prompts: list[list[int]], device: str) -> dict[str, Any]:
+def greedy_transformers(directory: Path, prompts: list[list[int]], device: str) -> Iterator[dict[str, Any]]:
     """The same in transformers, with the lead of each chosen token's logit over the next."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -286,7 +353,7 @@ def greedy_transformers(directory: Path, prompts: list[list[int]], device: str) 
         tokens.append(output.sequences[0, len(prompt) :].tolist())
         best = torch.cat(output.logits).float().topk(2).values
         leads.append([round(lead, 4) for lead in (best[:, 0] - best[:, 1]).tolist()])
-    return {"tokens": tokens, "leads": leads}
+    yield {"tokens": tokens, "leads": leads}
 
 
 def compare(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -329,13 +396,13 @@ def checkpoint_nbytes(shape: dict[str, Any], sparsity: float) -> int:
     return int(weights * (16 * (1 - sparsity) + 1.1) / 8 + 2 * embeddings)
 
 
-def device_facts(device: str) -> dict[str, Any]:
+def device_facts(device: str) -> Iterator[dict[str, Any]]:
     """The GPU, and the versions of what ran on it."""
     import torch
     import vllm
 
     name = torch.cuda.get_device_name(0) if device == "cuda" else device
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "vllm": vllm.__version__}
+    yield {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "vllm": vllm.__version__}
 
 
 def main() -> None:
@@ -363,7 +430,8 @@ def main() -> None:
         "--same-tokens", type=Path, help="a compressed model to compare with transformers, token by token"
     )
     parser.add_argument("--limit-s", type=float, default=300, help="most seconds of one run")
-    parser.add_argument("--budget-s", type=float, default=1e9, help="start no run later than this")
+    parser.add_argument("--model-limit-s", type=float, default=1e9, help="most seconds of all runs of one model")
+    parser.add_argument("--budget-s", type=float, default=1e9, help="of all models; what is measured by then is kept")
     parser.add_argument("--commit", help="of the code, where this is no git checkout")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try this script")
     arguments = parser.parse_args()
@@ -387,46 +455,60 @@ def main() -> None:
         "runs": [],
     }
 
+    def write(runs: list[dict[str, Any]]) -> None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+
     def record(**entry: Any) -> None:
         result["runs"].append(entry)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(result["runs"])
         print(f"{time.perf_counter() - began:.0f} s: {entry.get('model')} {entry.get('mode', '')}", file=sys.stderr)
         if "error" in entry:
             print(entry["error"], file=sys.stderr, flush=True)
 
+    def measure(directory: Path, limit_s: float, **names: str) -> None:
+        """Record a run; meanwhile, what it has so far."""
+
+        def progress(found: dict[str, Any]) -> None:
+            write([*result["runs"], names | found | {"error": "not finished"}])
+
+        found = forked(run, directory, names["mode"], arguments, limit_s=limit_s, progress=progress)
+        record(**names, **found)
+
     tokens = sorted({*arguments.batches, *(n for n in arguments.inputs if n <= 256)})
     for name in arguments.models:
+        model_began = time.perf_counter()
         nbytes = checkpoint_nbytes(SHAPES[name], arguments.sparsity)
         folder = arguments.folder or room(nbytes if "sparse" in arguments.modes else 0)
         if folder is None:
             record(model=name, error=f"no room for a checkpoint of {nbytes / 1e9:.0f} GB; give --folder")
             continue
+
+        def left_s(since: float = model_began) -> float:
+            now = time.perf_counter()
+            return min(arguments.limit_s, arguments.model_limit_s - (now - since), arguments.budget_s - (now - began))
+
         try:
             for mode in arguments.modes:
-                if time.perf_counter() - began > arguments.budget_s:
-                    record(model=name, mode=mode, error="not started: out of time")
-                    continue
                 directory = folder / f"{name}-{mode}"
-                if mode == "sparse":
+                if mode == "sparse" and left_s() > 0:
                     job = (prepare, name, directory, arguments.sparsity, tokens, arguments.device)
-                    made = forked(*job, limit_s=arguments.limit_s)
+                    made = forked(*job, limit_s=left_s())
                     record(model=name, mode="prepare", **made)
                     if "error" in made:
                         continue
-                else:
+                elif mode != "sparse":
                     write_config(SHAPES[name], directory)
-                record(model=name, mode=mode, **forked(run, directory, mode, arguments, limit_s=arguments.limit_s))
+                if left_s() > 0:
+                    measure(directory, left_s(), model=name, mode=mode)
+                else:
+                    record(model=name, mode=mode, error="not started: out of time")
                 shutil.rmtree(directory, ignore_errors=True)
         finally:
             if arguments.folder is None:
                 shutil.rmtree(folder, ignore_errors=True)
     for directory in arguments.directories:
-        record(
-            model=directory.name,
-            mode="on disk",
-            **forked(run, directory, "on disk", arguments, limit_s=arguments.limit_s),
-        )
+        measure(directory, arguments.limit_s, model=directory.name, mode="on disk")
     if arguments.same_tokens is not None:
         record(model=arguments.same_tokens.name, mode="same tokens", **compare(arguments.same_tokens, arguments))
     if any("error" in entry for entry in result["runs"]):
