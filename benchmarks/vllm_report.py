@@ -96,17 +96,19 @@ def breakdown(result: Mapping[str, Any]) -> str:
         for model, modes in engines(result).items()
         for mode, run in modes.items()
         for profile in run["profiles"]
+        if any(profile["step_us"].values())  # earlier, workers were not seen
     ]
     if not profiles:
         return ""
     kinds = list(profiles[0][2]["step_us"])
     lines = [
-        f"| model | weights | batch | {' | '.join(kinds)} | gaps |",
-        f"| --- | --- {'| ---: ' * (len(kinds) + 2)}|",
+        f"| model | weights | GPUs | batch | {' | '.join(kinds)} | gaps |",
+        f"| --- | --- {'| ---: ' * (len(kinds) + 3)}|",
     ]
     for model, mode, profile in profiles:
-        cells = [f"{profile['step_us'][kind]:,.0f}" for kind in kinds] + [f"{profile['gaps_us']:,.0f}"]
-        lines.append(f"| {model} | {MODES[mode]} | {profile['batch']} | {' | '.join(cells)} |")
+        cells = [f"{result['tensor_parallel']}", f"{profile['batch']}"]
+        cells += [f"{us:,.0f}" for us in (*profile["step_us"].values(), profile["gaps_us"])]
+        lines.append(f"| {model} | {MODES.get(mode, MODES['sparse'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -125,7 +127,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         rows = {key[1]: row for key, row in _rows(modes) if key[0] == length and "bf16" in row}
         for mode in modes:
             points = [(b, row["bf16"]["decode_ms"] / row[mode]["decode_ms"]) for b, row in rows.items() if mode in row]
-            axis.plot(*zip(*points, strict=True), marker="o", label=MODES[mode])
+            axis.plot([b for b, _ in points], [ratio for _, ratio in points], marker="o", label=MODES[mode])
         axis.set(title=model, xlabel="batch", xscale="log", xticks=list(rows), xticklabels=list(rows))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
