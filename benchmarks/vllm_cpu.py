@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 128
-OTHERS = 0.06
+OTHERS = 0.03
 """Share of the machine that other processes may take during a start."""
 MARK = "RESULT "
 ENVIRONMENT = {

@@ -29,13 +29,18 @@ def backend_of(layout: str) -> Backend:
     raise SpinferError(f"no kernel reads the layout {layout!r}")
 
 
-def pack(weight: TcaBmeTensor) -> PackedWeight:
+def pack(weight: TcaBmeTensor, *, validated: bool = False) -> PackedWeight:
     """The weight in the layout of the fastest backend that accepts it where it is.
 
+    Args:
+        weight: to pack.
+        validated: it has passed `validate`, or was cut and joined from weights that have.
+
     Raises:
-        FormatError: the weight's parts disagree. Kernels trust them, so everything they read has passed here.
+        FormatError: the weight's parts disagree. Kernels trust them, so everything they read has been validated.
     """
-    weight.validate()
+    if not validated:
+        weight.validate()
     return next(backend for backend in BACKENDS if backend.accepts(weight)).pack(weight)
 
 

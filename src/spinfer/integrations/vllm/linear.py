@@ -100,7 +100,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 del self._parts[shard]
                 self._cut(shard, parts, parameter.device)
         if len(self._pieces) == len(self._shares):
-            self._weights = [pack(weight) for weight in self._joined()]
+            self._weights = [pack(weight, validated=True) for weight in self._joined()]
             self._pieces.clear()
 
     def _cut(self, shard: Shard, parts: dict[str, Tensor], device: torch.device) -> None:
@@ -118,7 +118,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for share in self._shares:
             if share.shard == shard:
                 piece = weight if share.columns == (0, entry.shape[1]) else cut_columns(weight, *share.columns)
-                self._pieces[share] = cut_rows(piece, *share.rows)
+                self._pieces[share] = piece if share.rows == (0, entry.shape[0]) else cut_rows(piece, *share.rows)
 
     def _joined(self) -> list[TcaBmeTensor]:
         """The shares below each other, in as few matrices as their rows allow."""
