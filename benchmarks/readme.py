@@ -29,7 +29,7 @@ CPUS = {CPU: "2 cores of an Emerald Rapids Xeon", RESULTS / "cpu" / "epyc-zen4-2
 DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
 PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
-FIDELITY = RESULTS / "h100" / "pruning_fidelity.json"
+FIDELITY = (RESULTS / "h100" / "pruning_fidelity.json", RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_fidelity.json")
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = RESULTS / "h100" / "vllm.json"
 VLLM_CPU = RESULTS / "cpu" / "epyc-zen4-2-cores" / "vllm.json"
@@ -235,23 +235,25 @@ def one_gpu() -> str:
 
 def fidelity() -> str:
     """Ours beside the authors' code."""
-    result = json.loads(FIDELITY.read_text())
     lines = [
-        "| | masks that agree, layer by layer (least) | whole model | layer error, ours / theirs (farthest from 1) "
-        "| perplexity, ours / theirs |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | on | masks that agree, layer by layer (least) | whole model "
+        "| layer error, ours / theirs (farthest from 1) | perplexity, ours / theirs |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for run in result["runs"]:
-        cells = (
-            f"{run['layer_mask_agreement']:.4%} ({run['layer_mask_agreement_min']:.2%})",
-            f"{run['model_mask_agreement']:.2%}",
-            f"{run['err_ratio_mean']:.5f} ({run['err_ratio_worst']:.4f})",
-            f"{run['ppl_ours']:.2f} / {run['ppl_theirs']:.2f} = {run['ratio']:.4f}",
-        )
-        lines.append(f"| {run['method']} {run['sparsity']:.0%} | {' | '.join(cells)} |")
-    run = result["runs"][0]
-    what = f"{result['model']}, {run['samples']} x {run['length']:,} tokens, {run['device']}:"
-    return linked(f"{what}\n\n" + "\n".join(lines), FIDELITY)
+    results = [json.loads(path.read_text()) for path in FIDELITY]
+    for result in results:
+        for run in result["runs"]:
+            cells = (
+                f"{run['device']}, commit {result['commit']}",
+                f"{run['layer_mask_agreement']:.4%} ({run['layer_mask_agreement_min']:.2%})",
+                f"{run['model_mask_agreement']:.2%}",
+                f"{run['err_ratio_mean']:.5f} ({run['err_ratio_worst']:.4f})",
+                f"{run['ppl_ours']:.2f} / {run['ppl_theirs']:.2f} = {run['ratio']:.4f}",
+            )
+            lines.append(f"| {run['method']} {run['sparsity']:.0%} | {' | '.join(cells)} |")
+    result, run = results[0], results[0]["runs"][0]
+    what = f"{result['model']}, {run['samples']} x {run['length']:,} tokens:"
+    return linked(f"{what}\n\n" + "\n".join(lines), *FIDELITY)
 
 
 def cost() -> str:
