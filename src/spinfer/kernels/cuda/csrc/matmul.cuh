@@ -38,7 +38,7 @@ struct MatmulArgs {
   i32 strips;       // passes x row blocks
   i32 each, extra;  // units a CTA; the first `extra` CTAs take one more
   i32 slots, ring_at, ring, in_flight;  // of the weight, in shared memory
-  i32 boxes;                            // of x, likewise
+  i32 boxes;                            // of x, likewise; a multiple of the warps along k (tests/test_cuda_boxes.py)
 };
 
 struct Range {
