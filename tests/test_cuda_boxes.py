@@ -82,8 +82,9 @@ def outcomes(boxes: int, groups: int) -> list[tuple[int, bool]]:
 @pytest.mark.parametrize("density", [0.2, 0.4, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("rows", [4096, 8192])
 def test_the_number_chosen_is_safe(rows: int, density: float, tokens: int) -> None:
-    config = wide_config(ChunkGrid.of(rows, 8192), int(density * rows * 8192), tokens, H100)
-    groups = 4 if config.warps == 16 and rows <= 4224 else 2
+    grid = ChunkGrid.of(rows, 8192)
+    config = wide_config(grid, int(density * rows * 8192), tokens, H100)
+    groups = config.warps * config.bands // (2 * grid.blocks_m)
     assert outcomes(config.boxes, groups) == [(0, True)] * 40
 
 

@@ -90,6 +90,7 @@ def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_cou
     rest = config.panels * config.token_tiles - config.whole
     assert config.whole >= 0
     assert 0 <= rest * config.shares <= config.ctas <= sm_count
+    assert rest == 0 or config.shares > 1, "what is not whole is shared"
     assert 1 <= config.shares <= grid.chunks_k, "each share has a chunk"
     assert config.ctas == min(sm_count, config.whole) or config.whole == 0
     assert config.whole % config.ctas == 0 or rest == 0, "shares come after whole rounds"
@@ -136,7 +137,7 @@ def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
 @pytest.mark.parametrize("rows", [64, 4096, 8192])
 def test_warps_along_k_share_boxes_of_x_evenly(rows: int, density: float, tokens: int) -> None:
     config = wide_config(ChunkGrid.of(rows, 14336), int(density * rows * 14336), tokens, H100)
-    warps_k = (4 if config.warps == 16 else 2) if rows <= 4096 else (2 if tokens <= 128 else 1)
+    warps_k = config.warps * config.bands // (2 * ChunkGrid.of(rows, 14336).blocks_m)
     assert config.boxes % warps_k == 0
     assert config.boxes >= 2 * warps_k
     assert config.ring_nbytes >= MAX_CHUNK_NBYTES

@@ -70,8 +70,7 @@ class FusedPass:
             y: (tokens, M), contiguous.
         """
         tokens, in_features = x.shape
-        x, stride = _rows_aligned(x)
-        address = x.data_ptr()
+        x, stride, address = _rows_aligned(x, tokens, in_features)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         partials, arrivals = _workspaces.get(self._device, stream, self._floats, self._strips)
         arguments = _CALL.pack(
@@ -109,8 +108,8 @@ class StagedMatmul:
     def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write y = x W^T + bias as `FusedPass` does."""
         grid, (tokens, in_features) = self._grid, x.shape
-        x, stride = _rows_aligned(x)
-        x_map = _tensor_maps.get(x.data_ptr(), tokens, in_features, stride, _STAGED_TOKENS)
+        x, stride, address = _rows_aligned(x, tokens, in_features)
+        x_map = _tensor_maps.get(address, tokens, in_features, stride, _STAGED_TOKENS)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         for launch in self._launches:
             steps = grid.chunks_k * grid.blocks_k
@@ -144,14 +143,14 @@ class StagedMatmul:
             self._kernel.launch(self._device.index, shape, stream, x_map + arguments)
 
 
-def _rows_aligned(x: Tensor) -> tuple[Tensor, int]:
-    """x, or a copy of it, whose rows start at multiples of 16 bytes, and its row stride."""
-    tokens, in_features = x.shape
-    padded = -(-in_features // 8) * 8
+def _rows_aligned(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int, int]:
+    """x, or a copy of it, whose rows start at multiples of 16 bytes; its row stride and its address."""
+    padded, address = -(-in_features // 8) * 8, x.data_ptr()
     stride = padded if tokens == 1 else x.stride(0)
-    if x.data_ptr() % 16 or stride % 8 or stride < in_features:
-        return x.new_empty(tokens, padded)[:, :in_features].copy_(x), padded
-    return x, stride
+    if address % 16 or stride % 8 or stride < in_features:
+        x = x.new_empty(tokens, padded)[:, :in_features].copy_(x)
+        return x, padded, x.data_ptr()
+    return x, stride, address
 
 
 def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
@@ -164,7 +163,8 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     if isinstance(config, PortableConfig):
         return KernelSource("matmul_portable.cu", config.arch, tuple(defines.items()))
     if isinstance(config, WideConfig):
-        return KernelSource("matmul_wide_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_WARPS", config.warps)))
+        defines |= {"SPINFER_WARPS": config.warps, "SPINFER_BANDS": config.bands}
+        return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))
     return KernelSource("matmul_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_SPLIT", config.split)))
 
 

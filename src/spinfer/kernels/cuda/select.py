@@ -95,6 +95,7 @@ class WideConfig:
     Attributes:
         tokens: columns of a pass, a compile-time constant.
         warps: that multiply, a compile-time constant.
+        bands: of 16 rows that each of them takes, a compile-time constant.
         passes: over the weight.
         ctas: how many; each takes a range of consecutive chunks.
         slots: chunks that may be in shared memory.
@@ -107,6 +108,7 @@ class WideConfig:
 
     tokens: int
     warps: int
+    bands: int
     passes: int
     ctas: int
     slots: int
@@ -260,8 +262,8 @@ def wide_config(
         tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
     warps = 16 if tile <= _FEW else 8
-    bands_a_warp = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2  # kBandsAWarp
-    warps_k = warps * bands_a_warp // (2 * grid.blocks_m)
+    bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2
+    warps_k = warps * bands // (2 * grid.blocks_m)
     fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, warps_k, tile)
     room = traits.shared_nbytes - fixed
     wanted = max(MAX_CHUNK_NBYTES, int(3.5 * grid.mean_chunk_nbytes(nnz)))
@@ -275,6 +277,7 @@ def wide_config(
     return WideConfig(
         tokens=tile,
         warps=warps,
+        bands=bands,
         passes=passes,
         ctas=min(traits.sm_count, passes * grid.chunks),
         slots=_MAX_SLOTS,

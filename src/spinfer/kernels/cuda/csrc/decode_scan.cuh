@@ -75,6 +75,14 @@ struct TileOpener {
 #pragma unroll
       for (int h = 0; h < 2; h++) add_from_below<kOffset>(sum[r][h]);
   }
+  // All stages, where there is nothing to do between them.
+  __device__ __forceinline__ void scan_all() {
+    scan<1>();
+    scan<2>();
+    scan<4>();
+    scan<8>();
+    scan<16>();
+  }
   // Adds the nonzeros of the steps before each.
   __device__ __forceinline__ void finish() {
 #pragma unroll

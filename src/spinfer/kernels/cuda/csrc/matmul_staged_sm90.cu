@@ -204,11 +204,7 @@ struct Decoding {
     copy(chunk, unit.block, header, end, 0, 0);
     copy(chunk, unit.block, header, end, 1, 1);
     begin_open(true, __shfl_sync(~0u, header, 0), 0, 0);
-    opener.scan<1>();
-    opener.scan<2>();
-    opener.scan<4>();
-    opener.scan<8>();
-    opener.scan<16>();
+    opener.scan_all();
     opener.finish();
     end_open();
     i32 decoded = -1;          // counter of the unit before
@@ -356,7 +352,6 @@ struct Multiplying {
   }
   // Adds up the shares of a tile in their order, in the CTA that arrives last; whether that is this one.
   __device__ __forceinline__ bool add_up(const Item& item) {
-    if (p.shares == 1) return true;
     auto at = [&](i32 share) {
       return p.partials + (static_cast<i64>(item.shared) * p.shares + share) * kRowTiles * kConsumers + warp * 32 + lane;
     };

@@ -15,8 +15,11 @@
 #ifndef SPINFER_WARPS
 #define SPINFER_WARPS 8
 #endif
+#ifndef SPINFER_BANDS
+#define SPINFER_BANDS 1
+#endif
 constexpr int kConsumerWarps = SPINFER_WARPS;
-constexpr int kBandsAWarp = kConsumerWarps == 16 || kBlocksM == 2 || kTokens > 128 ? 1 : 2;  // of 16 rows
+constexpr int kBandsAWarp = SPINFER_BANDS;  // of 16 rows: one tile of a block, or both
 constexpr int kWarpsM = kBands / kBandsAWarp;
 constexpr int kWarpsK = kConsumerWarps / kWarpsM;
 static_assert(kWarpsM % 4 == 0, "the warps of a warpgroup read the same x");
@@ -136,11 +139,7 @@ struct Consumer {
   // Opens a chunk's first block and loads its first values, with nothing to overlap.
   __device__ __forceinline__ void open_now(u32 chunk) {
     load_next(chunk, block_at(0), true);
-    next.scan<1>();
-    next.scan<2>();
-    next.scan<4>();
-    next.scan<8>();
-    next.scan<16>();
+    next.scan_all();
     next.finish();
     block = next.tiles;
     block.gather(raw, 0);
