@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from spinfer.bench.processor import cpu_facts
 from spinfer.checkpoint import CompressedCheckpoint, compress_checkpoint, decompress_checkpoint, inspect_checkpoint
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 1536, 8960, 256, 151_936
@@ -144,9 +145,8 @@ def main() -> None:
     finally:
         shutil.rmtree(options.directory)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     content = {
-        "device": cpu.partition(":")[2].strip(),
+        "device": cpu_facts()["model name"],
         "cores": os.cpu_count(),
         "threads": options.threads,
         "load_average_5_minutes": os.getloadavg()[1],

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import spinfer
+from spinfer.bench.processor import processor
 from spinfer.evaluation import perplexity
 from spinfer.integrations.transformers.blocks import decoder_blocks, record
 from spinfer.integrations.transformers.matrices import targets
@@ -76,13 +77,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     return found | {"spinfer": spinfer.__version__} | {name: version(name) for name in ("torch", "transformers")}
-
-
-def processor() -> str:
-    """Model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{len(names)} x {names[0].partition(':')[2].strip()}" if names else platform.processor()
 
 
 def synchronize(device: torch.device) -> None:

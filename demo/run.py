@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from fetch import fetch_model, fetch_text
 from table import table
+
+from spinfer.bench.processor import processor
 
 PROMPT = "Norway is a country in"
 
@@ -104,17 +105,6 @@ def row(
         "prefill_tokens_per_s": speed["prefill_tokens_per_s"] if speed else None,
         "memory_nbytes": speed["memory_nbytes"] if speed else None,
     }
-
-
-def processor() -> str:
-    """Model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.open() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 
 from fetch import fetch_model
+from run import spinfer
 
 NAME = "smollm2-135m-spinfer"
 
@@ -22,11 +22,6 @@ def main() -> None:
         spinfer("prune", fetch_model(folder), "--method", "magnitude", "-o", pruned)
     if not compressed.exists():
         spinfer("compress", pruned, "-o", compressed)
-
-
-def spinfer(*arguments: str | Path) -> None:
-    """Run `spinfer ...`."""
-    subprocess.run([sys.executable, "-m", "spinfer", *arguments], check=True)
 
 
 if __name__ == "__main__":

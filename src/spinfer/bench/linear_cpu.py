@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spinfer.bench.processor import cpu_facts
 from spinfer.errors import SpinferError
 from spinfer.format import encode
 from spinfer.kernels import CPU
@@ -216,9 +217,7 @@ def measure(library: CpuLibrary, bench: Bench, done: Sequence[Row], args: argpar
 
 def machine(library: CpuLibrary) -> dict[str, object]:
     """What the numbers depend on besides the code."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
-    cpu = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cpu = cpu_facts()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "cpu": {name: cpu.get(name) for name in ("model name", "cpu family", "model", "cache size", "flags")},

@@ -10,7 +10,6 @@ from torch import Tensor
 from spinfer.errors import SpinferError
 from spinfer.pruning.hessian import InverseFactor, inverse_factor
 from spinfer.pruning.magnitude import prune_magnitude_
-from spinfer.pruning.masks import is_pruned
 from spinfer.pruning.observe import Matrix, Observer
 from spinfer.pruning.recipe import Method, Recipe
 from spinfer.pruning.report import MatrixReport
@@ -90,7 +89,7 @@ def _prune(
         raise SpinferError(f"{matrix.name} holds NaN or infinity; repair the model, or leave it out with --ignore")
     if statistics is None or _starved(matrix, statistics):
         method = Method.MAGNITUDE
-    zeros_before, was_pruned = int((weight == 0).sum()), is_pruned(weight)
+    zeros_before = int((weight == 0).sum())
     try:
         if method is Method.MAGNITUDE:
             prune_magnitude_(weight, sparsity, recipe.pattern)
@@ -106,7 +105,6 @@ def _prune(
         name=matrix.name,
         shape=(weight.shape[0], weight.shape[1]),
         zeros_before=zeros_before,
-        was_pruned=was_pruned,
         zeros=int((weight == 0).sum()),
         tokens=None if statistics is None else statistics.tokens,
         dead_inputs=0 if statistics is None else int((statistics.square_sums == 0).sum()),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spinfer.pruning.masks import is_mask
+
 
 @dataclass(frozen=True)
 class MatrixReport:
@@ -20,7 +22,6 @@ class MatrixReport:
         dead_inputs: inputs that were zero in all of them.
         method: that pruned it: the recipe's, or magnitude for an expert that too few tokens reach.
         damping: added to the Hessian, as a share of its mean diagonal; None where none was used.
-        was_pruned: whether its zeros before were a mask, which is kept: see `masks.is_pruned`.
     """
 
     name: str
@@ -31,12 +32,16 @@ class MatrixReport:
     dead_inputs: int = 0
     method: str = "magnitude"
     damping: float | None = None
-    was_pruned: bool = False
 
     @property
     def weights(self) -> int:
         """Zeros and nonzeros."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def was_pruned(self) -> bool:
+        """Whether its zeros before were a mask, which is kept."""
+        return is_mask(self.zeros_before, self.weights)
 
 
 @dataclass(frozen=True)

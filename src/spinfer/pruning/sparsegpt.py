@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spinfer.errors import SpinferError
 from spinfer.pruning.hessian import InverseFactor
-from spinfer.pruning.masks import check_sparsity, is_pruned, lowest, outside_pattern, zeros_first
+from spinfer.pruning.masks import check_sparsity, is_mask, lowest, outside_pattern, zeros_first
 from spinfer.pruning.pattern import Pattern
 
 BLOCK_SIZE = 128
@@ -26,8 +26,8 @@ def prune_sparsegpt_(
     """Prune and update, in place; returns the weight.
 
     Of every `block_size` columns the `floor(sparsity * n)` of n weights go that cost the output least; what stays in
-    the columns to their right is changed to make up for them. Zeros of a weight that `is_pruned` stay zero, and all
-    weights of a dead input go.
+    the columns to their right is changed to make up for them. Zeros that are so many that they are a mask
+    (`masks.is_mask`) stay zero, and all weights of a dead input go.
 
     Args:
         weight: [out_features, in_features], any floating type; computed in that of `inverse`.
@@ -52,8 +52,9 @@ def prune_sparsegpt_(
     work = weight.t().to(inverse.upper.dtype, copy=True, memory_format=torch.contiguous_format)
     work[inverse.dead] = 0
     gone = inverse.dead[:, None].expand(weight.t().shape).clone()
-    if is_pruned(weight):
-        gone |= weight.t() == 0
+    zeros = weight.t() == 0
+    if is_mask(int(zeros.sum()), zeros.numel()):
+        gone |= zeros
     for begin in range(0, columns, block_size):
         end = min(begin + block_size, columns)
         upper = inverse.upper[begin:end, begin:end]
