@@ -44,6 +44,9 @@ _MOST_SHARES = 4
 
 _BARRIER_NBYTES = 1024
 
+_STORE_NBYTES = 1024
+"""What a warp of csrc/matmul_wide_sm90.cu writes y by way of: kStoreBytes."""
+
 _BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 2.4, 0.45, 40.0
 """Of an H100; see _split_pays and hopper_config."""
 
@@ -264,7 +267,7 @@ def wide_config(
     warps = 16 if tile <= _FEW else 8
     bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2
     warps_k = warps * bands // (2 * grid.blocks_m)
-    fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, warps_k, tile)
+    fixed = _BARRIER_NBYTES + max(_scratch_nbytes(grid, warps_k, tile), warps * _STORE_NBYTES if tile > _FEW else 0)
     room = traits.shared_nbytes - fixed
     wanted = max(MAX_CHUNK_NBYTES, int(3.5 * grid.mean_chunk_nbytes(nnz)))
     if boxes is None:

@@ -58,6 +58,27 @@ __device__ __forceinline__ void stmatrix_x4(u32 address, const u32 (&v)[4]) {
                "r"(v[3])
                : "memory");
 }
+// As stmatrix_x4, for transposed matrices.
+__device__ __forceinline__ void stmatrix_x4_transposed(u32 address, const u32 (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// Writes 8 values to places `first` to `first` + 7, `first` a multiple of 8, of a row that has `count`.
+__device__ __forceinline__ void store_eight(u16* row, uint4 values, i32 first, i32 count) {
+  const u32 words[4] = {values.x, values.y, values.z, values.w};
+  const u64 address = reinterpret_cast<u64>(row);
+  if ((address & 15) == 0 && first + 8 <= count) {
+    *reinterpret_cast<uint4*>(row + first) = values;
+  } else if ((address & 3) == 0 && first + 8 <= count) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) reinterpret_cast<u32*>(row + first)[e] = words[e];
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+      if (first + e < count) row[first + e] = static_cast<u16>(words[e / 2] >> (16 * (e % 2)));
+  }
+}
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
   u32 v;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));

@@ -200,57 +200,122 @@ __device__ __forceinline__ void store(const MatmulArgs& p, const float (&acc)[kB
     }
 }
 
-// Sums the partials of a strip in the order of the ranges and writes y. All consumer threads call it.
+// Where the partials of a strip are: that of range j of those that have one.
+struct Partials {
+  const float4 *head, *rest;
+  int count;
+
+  __device__ __forceinline__ Partials(const MatmulArgs& p, i32 strip) {
+    const i32 first = strip * p.chunks_k;
+    const Range range = range_of(p, first);
+    count = range_of(p, first + p.chunks_k - 1).index - range.index + 1;
+    head = partial_of(p, range, strip);
+    // Ranges after the first begin in this strip, so theirs is the first of their partials.
+    rest = reinterpret_cast<const float4*>(p.partials) + static_cast<i64>(range.index) * 2 * kPartialVectors;
+  }
+  __device__ __forceinline__ const float4* of(int j) const { return j ? rest + static_cast<i64>(j) * 2 * kPartialVectors : head; }
+};
+__device__ __forceinline__ void add(float4& sum, const float4& v) {
+  sum.x += v.x;
+  sum.y += v.y;
+  sum.z += v.z;
+  sum.w += v.w;
+}
+
+constexpr bool kByBands = kTokens > 64;  // for less, 16 warps have too few registers: 112 us instead of 105 at 64 tokens
+constexpr int kStoreBands = 4;
+constexpr u32 kStoreBytes = 8 * kStoreBands * 32;  // 8 tokens of as many bands, in shared memory
+// Writes 8 tokens of 64 rows by way of shared memory, whole lines of y. v: fragments of the bands, as store_fragment takes them.
+__device__ __forceinline__ void store_bands(const MatmulArgs& p, i32 row, i32 token, const float4 (&v)[kStoreBands], u32 buffer, int lane) {
+  const int g = lane >> 2, matrix = lane >> 3, in_matrix = lane & 7;
+#pragma unroll
+  for (int b = 0; b < kStoreBands; b += 2) {
+    u32 rows[4];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const i32 m = row + (b + j) * 16 + g;
+      const float upper = p.bias && m < p.out_features ? to_float(p.bias[m]) : 0.f;
+      const float lower = p.bias && m + 8 < p.out_features ? to_float(p.bias[m + 8]) : 0.f;
+      rows[2 * j] = static_cast<u32>(to_value(v[b + j].x + upper)) | static_cast<u32>(to_value(v[b + j].y + upper)) << 16;
+      rows[2 * j + 1] = static_cast<u32>(to_value(v[b + j].z + lower)) | static_cast<u32>(to_value(v[b + j].w + lower)) << 16;
+    }
+    stmatrix_x4_transposed(buffer + in_matrix * 128 + ((b * 2 + matrix) ^ in_matrix) * 16, rows);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int t = i * 4 + matrix;
+    const i32 n = token + t, m = row + in_matrix * 8;
+    const uint4 values = lds_v4(buffer + t * 128 + (in_matrix ^ t) * 16);
+    if (n >= p.tokens) continue;
+    store_eight(p.y + static_cast<i64>(n) * p.out_features, values, m, p.out_features);
+  }
+  __syncwarp();
+}
+
+// Sums the partials of a strip in the order of the ranges and writes y. All consumer threads call it. kStoreBytes of each warp
+// at `scratch` are free, with kByBands.
 template <int kThreads>
-__device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, int thread) {
-  // Vectors and parts of one thread whose loads are in flight together: 16 KB of one CTA took 16 us to add up 128 tokens.
-  constexpr int kEach = kPartialVectors / kThreads;  // 0: some threads have none
-  constexpr int kVectors = kEach == 0        ? 1
-                           : kEach % 8 == 0 ? 8
-                           : kEach % 6 == 0 ? 6
-                           : kEach % 4 == 0 ? 4
-                           : kEach % 3 == 0 ? 3
-                           : kEach % 2 == 0 ? 2
-                                            : 1;
-  constexpr int kParts = kThreads > 256 ? (kTiles <= 2 ? 4 : 1) : 2;  // 16 warps have few registers
-  static_assert((kEach % kVectors == 0 && kPartialVectors % kThreads == 0) || kVectors == 1);
-  const i32 first = strip * p.chunks_k;
-  const Range head = range_of(p, first);
-  const i32 parts = range_of(p, first + p.chunks_k - 1).index - head.index + 1;
-  const float4* head_partial = partial_of(p, head, strip);
-  // Ranges after the first begin in this strip, so theirs is the first of their partials.
-  const float4* rest = reinterpret_cast<const float4*>(p.partials) + static_cast<i64>(head.index) * 2 * kPartialVectors;
+__device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, u32 scratch, int thread) {
+  const Partials partials(p, strip);
   const i32 row = row_block_of(p, strip) * kChunkRows, token = first_token_of(p, strip);
-  const int lane = thread & 31;
+  const int lane = thread & 31, warp = thread >> 5;
+  if constexpr (kByBands) {
+    static_assert(kThreads <= 256);
+    // What is in flight at a time: with 16 KB of a CTA adding up 128 tokens took 16 us.
+    constexpr int kGroups = kTiles * kBands / kStoreBands, kAtOnce = 2, kParts = 2;
 #pragma unroll 1
-  for (int i = thread; i < kPartialVectors; i += kVectors * kThreads) {
-    float4 sum[kVectors] = {};
+    for (int group = warp * kAtOnce; group < kGroups; group += kThreads / 32 * kAtOnce) {
+      float4 sum[kAtOnce][kStoreBands] = {};
+      auto index = [&](int u, int b) { return fragment_index((group + u) / kTiles * kStoreBands + b, (group + u) % kTiles, lane); };
 #pragma unroll 1
-    for (i32 j0 = 0; j0 < parts; j0 += kParts) {
-      float4 v[kParts][kVectors] = {};
+      for (int j = 0; j < partials.count; j += kParts) {
+        float4 v[kParts][kAtOnce][kStoreBands] = {};
 #pragma unroll
-      for (int q = 0; q < kParts; q++) {
-        const i32 j = j0 + q;
-        const float4* from = (j ? rest + static_cast<i64>(j) * 2 * kPartialVectors : head_partial) + i;
-        if (j < parts) {
+        for (int q = 0; q < kParts; q++)
+          if (j + q < partials.count)
 #pragma unroll
-          for (int u = 0; u < kVectors; u++) v[q][u] = __ldcg(from + u * kThreads);
-        }
+            for (int u = 0; u < kAtOnce; u++)
+#pragma unroll
+              for (int b = 0; b < kStoreBands; b++)
+                if (group + u < kGroups) v[q][u][b] = __ldcg(partials.of(j + q) + index(u, b));
+#pragma unroll
+        for (int q = 0; q < kParts; q++)
+#pragma unroll
+          for (int u = 0; u < kAtOnce; u++)
+#pragma unroll
+            for (int b = 0; b < kStoreBands; b++) add(sum[u][b], v[q][u][b]);
       }
 #pragma unroll
-      for (int q = 0; q < kParts; q++)
-#pragma unroll
-        for (int u = 0; u < kVectors; u++) {
-          sum[u].x += v[q][u].x;
-          sum[u].y += v[q][u].y;
-          sum[u].z += v[q][u].z;
-          sum[u].w += v[q][u].w;
-        }
+      for (int u = 0; u < kAtOnce; u++)
+        if (group + u < kGroups)
+          store_bands(p, row + (group + u) / kTiles * kStoreBands * 16, token + (group + u) % kTiles * 8, sum[u],
+                      scratch + warp * kStoreBytes, lane);
     }
+  } else {
+    constexpr int kVectors = kPartialVectors % kThreads ? 1 : kPartialVectors / kThreads;
+    constexpr int kParts = kThreads <= 256 ? 2 : kTiles <= 2 ? 4 : 1;
+#pragma unroll 1
+    for (int i = thread; i < kPartialVectors; i += kVectors * kThreads) {
+      float4 sum[kVectors] = {};
+#pragma unroll 1
+      for (int j = 0; j < partials.count; j += kParts) {
+        float4 v[kParts][kVectors] = {};
 #pragma unroll
-    for (int u = 0; u < kVectors; u++) {
-      const int fragment = (i + u * kThreads) >> 5;
-      store_fragment(p, row + fragment / kTiles * 16, token + fragment % kTiles * 8, sum[u], lane);
+        for (int q = 0; q < kParts; q++)
+          if (j + q < partials.count)
+#pragma unroll
+            for (int u = 0; u < kVectors; u++) v[q][u] = __ldcg(partials.of(j + q) + i + u * kThreads);
+#pragma unroll
+        for (int q = 0; q < kParts; q++)
+#pragma unroll
+          for (int u = 0; u < kVectors; u++) add(sum[u], v[q][u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kVectors; u++) {
+        const int fragment = (i + u * kThreads) >> 5;
+        store_fragment(p, row + fragment / kTiles * 16, token + fragment % kTiles * 8, sum[u], lane);
+      }
     }
   }
 }
@@ -283,7 +348,7 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
   if (kDirect && whole) return;
   named_barrier<1>(kThreads);
   if (!kDirect && whole) {
-    reduce_partials<kThreads>(p, strip, thread);
+    reduce_partials<kThreads>(p, strip, scratch, thread);
     named_barrier<1>(kThreads);  // it has been read
     return;
   }
@@ -297,5 +362,5 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
     sts_u32(flag, last);
   }
   named_barrier<1>(kThreads);
-  if (lds_u32(flag)) reduce_partials<kThreads>(p, strip, thread);
+  if (lds_u32(flag)) reduce_partials<kThreads>(p, strip, scratch, thread);
 }

@@ -50,8 +50,8 @@ constexpr int kStages = 3, kBuffers = 3;
 constexpr u32 kFilled = 0, kDrained = kFilled + 8 * kStages, kCopied = kDrained + 8 * kStages;
 constexpr u32 kLast = kCopied + 8 * kBuffers * kDecoders;
 constexpr u32 kStageAt = 1024;
-constexpr u32 kStoreAt = kStageAt + kStages * kStageBytes, kStoreBytes = 16 * 128;  // of each consumer warp
-constexpr u32 kDecodeAt = kStoreAt + kConsumerWarps * kStoreBytes;
+constexpr u32 kStoreAt = kStageAt + kStages * kStageBytes, kWarpStoreBytes = 16 * 128;  // of each consumer warp
+constexpr u32 kDecodeAt = kStoreAt + kConsumerWarps * kWarpStoreBytes;
 constexpr u32 kBlockBytes = kBlockRows * 128, kDecodeBytes = kBuffers * kBlockBuffer + 2 * kBlockBytes;
 static_assert(kLast + 4 <= kStageAt && kDecodeAt + kDecoders * kDecodeBytes <= 227 * 1024 && kBlockBuffer % 16 == 0);
 
@@ -390,9 +390,8 @@ struct Multiplying {
   }
   // Writes this warp's 16 tokens of the tile by way of shared memory, 64 rows of W at a time.
   __device__ __forceinline__ void store(const i32 first_row, const i32 first_token) const {
-    const u32 tile = start + kStoreAt + warp * kStoreBytes;
+    const u32 tile = start + kStoreAt + warp * kWarpStoreBytes;
     const int matrix = lane >> 3, row = lane & 7;
-    const bool vectors = ((p.y_stride | reinterpret_cast<u64>(p.y) >> 1) & 7) == 0;
 #pragma unroll
     for (int part = 0; part < kRows / 64; part++) {
 #pragma unroll
@@ -415,15 +414,7 @@ struct Multiplying {
         const i32 token = first_token + t, m = first_row + part * 64 + unit * 8;
         const uint4 v = lds_v4(tile + t * 128 + (unit ^ (t & 7)) * 16);
         if (token >= p.tokens) continue;
-        u16* y = p.y + static_cast<i64>(token) * p.y_stride + m;
-        if (vectors && m + 8 <= p.rows) {
-          *reinterpret_cast<uint4*>(y) = v;
-        } else {
-          const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-          for (int e = 0; e < 8; e++)
-            if (m + e < p.rows) y[e] = static_cast<u16>(words[e / 2] >> (16 * (e % 2)));
-        }
+        store_eight(p.y + static_cast<i64>(token) * p.y_stride, v, m, p.rows);
       }
       __syncwarp();
     }

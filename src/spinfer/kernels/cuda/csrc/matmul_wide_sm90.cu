@@ -35,7 +35,8 @@ constexpr int kMaxBoxes = 16;
 constexpr u32 kBoxLanded = kFree, kBoxEmpty = kBoxLanded + 8 * kMaxBoxes;
 constexpr u32 kFlag = kBoxEmpty + 8 * kMaxBoxes;
 constexpr u32 kScratch = 1024;
-constexpr u32 kX = kScratch + scratch_bytes(kWarpsK);  // 1024-byte aligned, for the swizzle
+constexpr u32 kAddBytes = scratch_bytes(kWarpsK), kStoresBytes = kByBands ? kConsumerWarps * kStoreBytes : 0;
+constexpr u32 kX = kScratch + (kAddBytes > kStoresBytes ? kAddBytes : kStoresBytes);  // 1024-byte aligned, for the swizzle
 static_assert(kFlag + 16 <= kScratch && kX % 1024 == 0);
 
 // Copies the boxes of x that go with each chunk, in the order in which consumers use them: warp_k fastest.
