@@ -64,7 +64,7 @@ struct Job {
   const Tier* tier;
   Pass pass;
   int threads;
-  int64_t least_run, most_run;  // panels of one run
+  int64_t most_run;  // panels
   char* totals;
   int64_t totals_nbytes;  // of one thread
   std::atomic<int64_t> next{0};
@@ -77,7 +77,7 @@ void work(Job& job, int thread) {
   for (;;) {
     if (first >= panels) return;
     int64_t run = (panels - first) / (2 * job.threads);
-    run = run < job.least_run ? job.least_run : run > job.most_run ? job.most_run : run;
+    run = run < 1 ? 1 : run > job.most_run ? job.most_run : run;
     const int64_t last = first + run < panels ? first + run : panels;
     if (!job.next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
     job.tier->run(job.pass, first, last, totals);
@@ -94,7 +94,7 @@ int linear(const Tier& tier, Pass pass, int64_t tokens, int threads) {
 
   const int64_t work_nbytes = align64(w.blocks() * pass_tokens * kRowX * work_size);
   const bool many = pass_tokens > kStreamTokens;
-  Job job{&tier, pass, threads, 1, 1, nullptr, align64((many ? kRunPanels : 1) * pass_tokens * kPanelRows * 4)};
+  Job job{&tier, pass, threads, 1, nullptr, align64((many ? kRunPanels : 1) * pass_tokens * kPanelRows * 4)};
   char* base = static_cast<char*>(t_workspace.get(size_t(work_nbytes + threads * job.totals_nbytes)));
   if (!base) return SPINFER_OUT_OF_MEMORY;
   job.pass.work_x = base;
@@ -103,8 +103,7 @@ int linear(const Tier& tier, Pass pass, int64_t tokens, int threads) {
   const int64_t panels = w.panels();
   const int64_t value_size = w.type == SPINFER_F32 ? 4 : 2;
   const int64_t panel_nbytes = ((w.offsets[panels] - w.offsets[0]) * value_size) / panels + w.pairs() * 8 + 1;
-  if (many && panels >= 2 * threads * kRunPanels) job.least_run = kRunPanels;
-  job.most_run = kRunBytes / panel_nbytes > job.least_run ? kRunBytes / panel_nbytes : job.least_run;
+  job.most_run = kRunBytes / panel_nbytes > 1 ? kRunBytes / panel_nbytes : 1;
 
   for (int64_t token = 0; token < tokens; token += pass_tokens) {
     job.pass.x = static_cast<const char*>(pass.x) + token * pass.x_stride * x_size;

@@ -13,10 +13,13 @@ namespace {
 #include "panels.h"
 
 // Measured on the CPU whose default the tier is (4096 x 4096, cold weights): Zen 4 for avx512bf16, Golden Cove for avx512.
+// kChunkNbytes are decoded at a time for many tokens.
 #ifdef SPINFER_BF16_TIER
 constexpr Ahead kAhead{12288, 4096, 4096, 512};
+constexpr int64_t kChunkNbytes = 32 << 10;
 #else
 constexpr Ahead kAhead{8192, 2048, 0, 256};
+constexpr int64_t kChunkNbytes = 8 << 10;
 #endif
 
 // vpexpandw and vpexpandd depend on their destination even when they zero it (Zen 4); clearing it first costs nothing.
@@ -220,7 +223,7 @@ void multiply(const uint32_t* dense, int64_t pairs, const uint16_t* x, float* to
 }
 #endif
 
-// Many tokens: decode a chunk into L1 once, while the first of them are multiplied, and multiply the others from there.
+// Many tokens: decode a chunk once, while the first of them are multiplied, and multiply the others from there.
 // Expanding it again for every kMaxTokens tokens instead is 10 % slower at 16 tokens, 18 % at 64 and 60 % at 512 (Golden
 // Cove, FMA).
 template <class Value, class Dense, class X>
@@ -236,7 +239,7 @@ const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, 
       multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>,
   };
   constexpr int64_t kPair = 16 * sizeof(X);  // elements of a decoded pair: 64 in fp32, 32 pairs of bf16
-  constexpr int64_t kChunkPairs = 8192 / (kPair * sizeof(Dense));
+  constexpr int64_t kChunkPairs = kChunkNbytes / (kPair * sizeof(Dense));
   alignas(64) Dense dense[kChunkPairs * kPair];
   for (int64_t start = 0; start < pairs; start += kChunkPairs) {
     const int64_t n = lesser(kChunkPairs, pairs - start);
