@@ -29,7 +29,7 @@ def serving_environment() -> dict[str, str]:
 
 
 def vllm_generate(model: Path, prompts: list[str], *, max_tokens: int = 24, **options: Any) -> dict[str, Any]:
-    """Greedy tokens of each prompt, and the bytes of each rank's weights.
+    """Greedy tokens of each prompt, the bytes of each rank's weights, and of `memory.Weighed` workers what they grew.
 
     Raises:
         RuntimeError: vLLM stopped; the message is its output.
@@ -67,6 +67,8 @@ def main() -> None:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "weights_nbytes": llm.collective_rpc(_weights_nbytes),
     }
+    if job["options"].get("worker_cls") == "memory.Weighed":
+        result["grown_nbytes"] = llm.collective_rpc("grown_nbytes")
     print("\n" + _MARK + json.dumps(result), flush=True)
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from engine import serving_environment, vllm_generate
+from transformers import LlamaConfig
 
-from conftest import pruned_model, save_with_tokenizer
+from conftest import ARCHITECTURES, pruned_model, save_with_tokenizer
 from spinfer.checkpoint import compress_checkpoint
 from spinfer.integrations.transformers.models import load_causal_lm, model_linears
 from spinfer.integrations.transformers.sizing import model_size
@@ -103,6 +104,27 @@ def test_architectures(small: Callable[[str], Path], architecture: str, ranks: i
 
 
 TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+def test_resident_memory_holds_nothing_dense(small: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    large = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=320,
+        max_position_embeddings=128,
+    )
+    monkeypatch.setitem(ARCHITECTURES, "large", large)
+    model = small("large")
+    dense_share = model_size(str(model)).dense_nbytes  # in 16 bits, of all; in fp32, of one rank
+    options: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "worker_cls": "memory.Weighed", **TWO_RANKS}
+    dense = vllm_generate(model.with_name("large-dense"), PROMPTS[:1], **options)
+    assert min(dense["grown_nbytes"]) > dense_share  # so dense weights would be seen
+    sparse = vllm_generate(model, PROMPTS[:1], **options)
+    for grown, weights in zip(sparse["grown_nbytes"], sparse["weights_nbytes"], strict=True):
+        assert weights <= grown < weights + dense_share / 2
 
 
 def refused(model: Path, **options: Any) -> str:
