@@ -1,7 +1,8 @@
 """Load and first token in vLLM on a CPU: `python benchmarks/vllm_cpu.py DENSE SPARSE --out OUT.json`.
 
 DENSE is a pruned model and SPARSE the same compressed. Every engine starts in a process of its own, the two in turns;
-one start of each, which fills vLLM's cache of compiled graphs and the page cache, is not counted.
+then both answer prompts in turns, since the clock of a virtual machine changes by more within a minute than what is
+looked for. One start of each, which fills vLLM's cache of compiled graphs and the page cache, is not counted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 128
+PROMPTS = 21
+"""After the very first."""
 WAYS = {"eager": True, "compiled": False}
 OTHERS = 0.03
 """Share of the machine that other processes may take during a start."""
@@ -34,8 +37,8 @@ ENVIRONMENT = {
 }
 
 
-def measure(model: Path, eager: bool) -> dict[str, float]:
-    """Start an engine; seconds of that, of its very first prompt and of prompts after it, one token each."""
+def serve(model: Path, eager: bool) -> None:
+    """Start an engine, say how many seconds it took, and for every line of stdin those of a prompt's first token."""
     import torch
     from vllm import LLM, SamplingParams
 
@@ -50,36 +53,75 @@ def measure(model: Path, eager: bool) -> dict[str, float]:
         enforce_eager=eager,
     )
     load = time.perf_counter() - began
+    print(f"\n{MARK}{json.dumps({'load_s': round(load, 3), 'threads': torch.get_num_threads()})}", flush=True)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     draw = random.Random(0)
-
-    def first_token() -> float:
+    for _ in sys.stdin:
         prompt = {"prompt_token_ids": [draw.randrange(10, vocabulary - 10) for _ in range(PROMPT_TOKENS)]}
         began = time.perf_counter()
         llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), use_tqdm=False)
-        return time.perf_counter() - began
-
-    very_first = first_token()
-    later = [first_token() for _ in range(7)]
-    return {
-        "load_s": round(load, 3),
-        "very_first_token_s": round(very_first, 4),
-        "first_token_s": round(statistics.median(later), 4),
-        "threads": torch.get_num_threads(),
-    }
+        print(f"\n{MARK}{time.perf_counter() - began}", flush=True)
 
 
-def start(model: Path, eager: bool) -> dict[str, float]:
-    """The same in a new process; `others` is the share of the machine that other processes took meanwhile."""
-    command = [sys.executable, __file__, str(model), *(["--enforce-eager"] if eager else [])]
+class Engine:
+    """`serve` in a new process."""
+
+    def __init__(self, model: Path, eager: bool) -> None:
+        command = [sys.executable, __file__, str(model), *(["--enforce-eager"] if eager else [])]
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.started: dict[str, float] = self._answer()
+
+    def first_token_s(self) -> float:
+        """Seconds of one more prompt."""
+        assert self._process.stdin
+        print(file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        said = []
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+            said.append(line)
+        raise SystemExit("".join(said))
+
+
+def start(models: dict[str, Path], eager: bool) -> dict[str, dict[str, float]]:
+    """Start both models and time their first tokens; `others` is the share of the machine that other processes took."""
     began, busy, own = time.perf_counter(), busy_s(), children_s()
-    child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
-    if child.returncode:
-        raise SystemExit(child.stdout + child.stderr)
+    first, second = models
+    alone = Engine(models[first], eager)  # beside another engine, whose memory stays taken, starting takes longer
+    alone.stop()
+    engines = {second: Engine(models[second], eager), first: Engine(models[first], eager)}
+    started = {first: alone.started, second: engines[second].started}
+    times: dict[str, list[float]] = {label: [] for label in models}
+    for number in range(1 + PROMPTS):
+        for label in (first, second) if number % 2 else (second, first):
+            times[label].append(engines[label].first_token_s())
+    for engine in engines.values():
+        engine.stop()
     others = (busy_s() - busy - children_s() + own) / (time.perf_counter() - began) / (os.cpu_count() or 1)
-    line = next(line for line in child.stdout.splitlines() if line.startswith(MARK))
-    found: dict[str, float] = json.loads(line.removeprefix(MARK))
-    return found | {"others": round(others, 3)}
+    return {
+        label: started[label]
+        | {
+            "very_first_token_s": round(times[label][0], 4),
+            "first_token_s": round(statistics.median(times[label][1:]), 4),
+            "others": round(others, 3),
+        }
+        for label in models
+    }
 
 
 def busy_s() -> float:
@@ -98,20 +140,20 @@ def in_turns(models: dict[str, Path], eager: bool, repeats: int) -> dict[str, li
     """Every model started so often, after a start that is not counted; starts that others disturb are done again."""
     samples: dict[str, list[dict[str, float]]] = {label: [] for label in models}
     for number in range(repeats + 1):
-        for label in sorted(models, reverse=number % 2 == 1):
-            while True:
-                sample = start(models[label], eager)
-                print(label, json.dumps(sample), file=sys.stderr, flush=True)
-                if number == 0 or sample["others"] < OTHERS:
-                    break
-                time.sleep(20)
-            if number:
+        while True:
+            found = start(dict(sorted(models.items(), reverse=number % 2 == 1)), eager)
+            print(json.dumps(found), file=sys.stderr, flush=True)
+            if number == 0 or all(sample["others"] < OTHERS for sample in found.values()):
+                break
+            time.sleep(20)
+        if number:
+            for label, sample in found.items():
                 samples[label].append(sample)
     return samples
 
 
 def main() -> None:
-    """Measure and write the result; with one model, measure it here."""
+    """Measure and write the result; with one model, serve it here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="DENSE and SPARSE")
     parser.add_argument("--out", type=Path)
@@ -120,7 +162,7 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="of one model: without torch.compile")
     arguments = parser.parse_args()
     if len(arguments.models) == 1:
-        print("\n" + MARK + json.dumps(measure(arguments.models[0], arguments.enforce_eager)), flush=True)
+        serve(arguments.models[0], arguments.enforce_eager)
         return
     models = dict(zip(("dense", "sparse"), arguments.models, strict=True))
     names = ("load_s", "very_first_token_s", "first_token_s")
