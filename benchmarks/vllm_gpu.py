@@ -211,10 +211,10 @@ class Engine:
             "whole_s_all": [round(seconds, 4) for seconds in whole],
         }
 
-    def profile(self, batch: int, length: int, decode_ms: float, steps: int = 16) -> dict[str, Any]:
-        """Time of one decode step by kind of kernel: a profile of `steps` more tokens less one of a single token.
+    def profile(self, batch: int, length: int, row: Mapping[str, Any], steps: int = 16) -> dict[str, Any]:
+        """Time by kind of kernel of the first token, and of one decode step: `steps` more tokens less the first.
 
-        Gaps are what the kernels of the first rank leave of the step as it was timed without a profiler. A collective
+        Gaps are what the kernels of the first rank leave of the time in `row`, taken without a profiler. A collective
         counts from the rank's own arrival, so the ranks' differ by what one waits for another.
         """
 
@@ -224,18 +224,21 @@ class Engine:
             return list(self.llm.collective_rpc(_stop_profile))
 
         kernels(1)
+        firsts = kernels(1)
         ranks = [
             {name: (us - before.get(name, 0.0)) / steps for name, us in after.items()}
-            for before, after in zip(kernels(1), kernels(1 + steps), strict=True)
+            for before, after in zip(firsts, kernels(1 + steps), strict=True)
         ]
-        totals = [_by_kind(each) for each in ranks]
+        first, totals = _by_kind(firsts[0]), [_by_kind(each) for each in ranks]
         longest = sorted(ranks[0].items(), key=lambda item: -item[1])[:25]
         return {
             "batch": batch,
             "input": length,
             "step_us": totals[0],
             "step_us_of_ranks": totals,
-            "gaps_us": round(decode_ms * 1e3 - sum(totals[0].values()), 1),
+            "gaps_us": round(row["decode_ms"] * 1e3 - sum(totals[0].values()), 1),
+            "first_us": first,
+            "first_gaps_us": round(row["ttft_ms"] * 1e3 - sum(first.values()), 1),
             "kernels_us": {name[:160]: round(us, 2) for name, us in longest},
         }
 
@@ -316,7 +319,7 @@ def run(directory: Path, mode: str, arguments: argparse.Namespace) -> Iterator[d
                 result["rows"].append(row)
                 yield result
                 if batch in arguments.profile and length == arguments.inputs[0]:
-                    result["profiles"].append(engine.profile(batch, length, row["decode_ms"]))
+                    result["profiles"].append(engine.profile(batch, length, row))
         yield result
     finally:
         engine.close()

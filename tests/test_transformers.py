@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import spinfer
 from conftest import ARCHITECTURES, pruned_model
 from spinfer.errors import CheckpointError, SpinferError
+from spinfer.integrations.transformers.dense_linear import DenseLinear
 from spinfer.integrations.transformers.memory import MappedFiles
 from spinfer.integrations.transformers.quantizer import SpinferConfig
 
@@ -222,6 +223,7 @@ def test_tied_embeddings_stay_tied(tokens: Tensor, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert isinstance(loaded.lm_head, DenseLinear)
     assert "lm_head.weight" not in all_tensors(tmp_path)
 
 

@@ -17,7 +17,8 @@ from spinfer.checkpoint.header import read_header
 from spinfer.checkpoint.stored import check_headers
 from spinfer.errors import CheckpointError, FormatError, SpinferError
 from spinfer.format import FORMAT_VERSION
-from spinfer.integrations.transformers.memory import MappedFiles, trim_heap
+from spinfer.integrations.transformers.dense_linear import DenseLinear
+from spinfer.integrations.transformers.memory import MappedFiles, copied, trim_heap
 from spinfer.integrations.transformers.tensor_parallel import keep_share, load_whole
 from spinfer.linear import SparseLinear
 from spinfer.model import Replacement, replace_linears, restore_linears
@@ -111,9 +112,10 @@ class SpinferHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 ) from error
             for part in (storage.values, storage.bitmap, storage.offsets):
                 files.release(part)
+        DenseLinear.adopt(model.get_output_embeddings())
         for tensor in (*model.parameters(), *model.buffers()):  # one dense view would keep the whole file mapped
             if files.hold(tensor):
-                view, tensor.data = tensor.data, tensor.data.clone()
+                view, tensor.data = tensor.data, copied(tensor.data)
                 files.release(view)
         trim_heap()
         return model
