@@ -66,7 +66,7 @@ def main() -> None:
     evaluation = ["--text", text, "--max-tokens", arguments.eval_tokens, "--dtype", "float32", "--json"]
     dense_result = spinfer("eval", dense, *evaluation, capture=True)
     compressed_result, pruned_result = spinfer("eval", compressed, *evaluation, "--compare", pruned, capture=True)
-    bench = spinfer("bench", compressed, "-p", 64, "-n", 16, "-o", "json", "--compare", pruned, capture=True)
+    bench = spinfer("bench", compressed, "-p", 64, "-n", 16, "-r", 9, "-o", "json", "--compare", pruned, capture=True)
     sparse_speed, dense_speed = bench["results"]
 
     result = {
