@@ -211,7 +211,7 @@ class Engine:
             "whole_s_all": [round(seconds, 4) for seconds in whole],
         }
 
-    def profile(self, batch: int, length: int, row: Mapping[str, Any], steps: int = 16) -> dict[str, Any]:
+    def profile(self, row: Mapping[str, Any], steps: int = 16) -> dict[str, Any]:
         """Time by kind of kernel of the first token, and of one decode step: `steps` more tokens less the first.
 
         Gaps are what the kernels of the first rank leave of the time in `row`, taken without a profiler. A collective
@@ -220,7 +220,7 @@ class Engine:
 
         def kernels(count: int) -> list[dict[str, float]]:
             self.llm.collective_rpc(_start_profile)
-            self.generate(self.prompts(batch, length), count)
+            self.generate(self.prompts(row["batch"], row["input"]), count)
             return list(self.llm.collective_rpc(_stop_profile))
 
         kernels(1)
@@ -232,8 +232,8 @@ class Engine:
         first, totals = _by_kind(firsts[0]), [_by_kind(each) for each in ranks]
         longest = sorted(ranks[0].items(), key=lambda item: -item[1])[:25]
         return {
-            "batch": batch,
-            "input": length,
+            "batch": row["batch"],
+            "input": row["input"],
             "step_us": totals[0],
             "step_us_of_ranks": totals,
             "gaps_us": round(row["decode_ms"] * 1e3 - sum(totals[0].values()), 1),
@@ -319,7 +319,7 @@ def run(directory: Path, mode: str, arguments: argparse.Namespace) -> Iterator[d
                 result["rows"].append(row)
                 yield result
                 if batch in arguments.profile and length == arguments.inputs[0]:
-                    result["profiles"].append(engine.profile(batch, length, row))
+                    result["profiles"].append(engine.profile(row))
         yield result
     finally:
         engine.close()
