@@ -28,6 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("bf16", "fp8", "sparse")
 
+_MANY_TOKENS = 1024
+"""A first token of more than the captured sizes: another kernel than theirs, the same for all larger ones."""
+
 CATEGORIES = {
     "sparse Linears": r"spinfer",
     "attention": r"flash|fmha|attn|attention|reshape_and_cache",
@@ -130,8 +133,18 @@ def prepare(
     yield {"nbytes": nbytes, "write_s": round(written_s, 1), "seconds": round(time.perf_counter() - began, 1)}
 
 
+def capture_sizes(batches: Sequence[int], inputs: Sequence[int]) -> list[int]:
+    """The sizes, of those that vLLM captures CUDA graphs for by default, that decode steps and first tokens here need.
+
+    All of them would take minutes to capture, and engines for fewer requests than a server's would have fewer.
+    """
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+    counts = {*batches, *(batch * length for batch in batches for length in inputs)}
+    return sorted({next(size for size in sizes if size >= count) for count in counts if count <= sizes[-1]})
+
+
 class Engine:
-    """vLLM with one model: torch.compile and full CUDA graphs on."""
+    """vLLM with one model: torch.compile and CUDA graphs on."""
 
     def __init__(self, directory: Path, mode: str, arguments: argparse.Namespace) -> None:
         from vllm import LLM
@@ -143,9 +156,10 @@ class Engine:
             options["enforce_eager"] = True
         elif arguments.device == "cuda":
             options["compilation_config"] = {
-                "cudagraph_mode": arguments.cudagraph_mode,
-                "cudagraph_capture_sizes": sorted(set(arguments.batches)),
+                "cudagraph_capture_sizes": capture_sizes(arguments.batches, arguments.inputs)
             }
+            if arguments.cudagraph_mode:
+                options["compilation_config"]["cudagraph_mode"] = arguments.cudagraph_mode
         if arguments.device == "cuda":
             options["kernel_config"] = {"enable_flashinfer_autotune": False, "enable_cutedsl_warmup": False}
         began = time.perf_counter()
@@ -166,10 +180,13 @@ class Engine:
         self._vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
 
     def facts(self) -> dict[str, Any]:
-        """Memory and room for the KV cache."""
+        """Memory and room for the KV cache, and what is captured."""
         cache = self.llm.llm_engine.vllm_config.cache_config
+        compilation = self.llm.llm_engine.vllm_config.compilation_config
         return {
             "start_s": round(self.start_s, 1),
+            "cudagraph_mode": compilation.cudagraph_mode.name,
+            "captured_sizes": compilation.cudagraph_capture_sizes,
             "kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
             "weights_gib": [round(gib, 3) for gib in self.llm.collective_rpc(_weights_gib)],
         }
@@ -426,7 +443,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--profile", nargs="*", type=int, default=[], help="batches to break a decode step down for")
     parser.add_argument("--utilization", type=float, default=0.9, help="of the GPU's memory")
-    parser.add_argument("--cudagraph-mode", default="FULL_DECODE_ONLY")
+    parser.add_argument("--cudagraph-mode", help="instead of vLLM's default, FULL_AND_PIECEWISE")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--folder", type=Path, help="for checkpoints; by default /dev/shm or the temporary folder")
     parser.add_argument(
@@ -478,7 +495,7 @@ def main() -> None:
         found = forked(run, directory, names["mode"], arguments, limit_s=limit_s, progress=progress)
         record(**names, **found)
 
-    tokens = sorted({*arguments.batches, *(n for n in arguments.inputs if n <= 256)})
+    tokens = [*capture_sizes(arguments.batches, arguments.inputs), _MANY_TOKENS]
     for name in arguments.models:
         model_began = time.perf_counter()
         nbytes = checkpoint_nbytes(SHAPES[name], arguments.sparsity)
