@@ -32,7 +32,7 @@ if LIBRARY is None:
     pytest.skip("spinfer was installed without its native CPU kernel", allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EVERY_N = (*range(1, 18), 31, 32, 33, 63, 64, 65, 512)
+EVERY_N = (*range(1, 18), 31, 32, 33, 48, 63, 64, 65, 512, 530)
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 """Half a unit in the last place of 1, relative: what rounding the fp32 sum to the output's type may add."""
 
@@ -108,9 +108,9 @@ def test_relative_error_of_long_rows(backend: CpuBackend, in_features: int) -> N
     for dtype in DTYPES:
         weight = sparse((256, in_features), dtype)
         packed = backend.pack(encode(weight))
-        for n in (1, 2, 8, 16):
-            x = torch.randn(n, in_features)
-            assert_close(backend.linear(x, packed, None), x, weight)
+        for n in (1, 2, 8, 16, 33):
+            for x in (torch.randn(n, in_features), torch.randn(n, in_features).to(dtype)):
+                assert_close(backend.linear(x, packed, None), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,6 +148,19 @@ def test_every_16_bit_pattern_is_multiplied_exactly(backend: CpuBackend, dtype: 
     one_hot = torch.eye(256, dtype=torch.float32)
     y = backend.linear(one_hot, backend.pack(encode(torch.where(finite, weight, 0))), None)
     assert torch.equal(y.t(), torch.where(finite, weight, 0).float())
+
+
+def test_takes_turns_with_torch(backend: CpuBackend) -> None:
+    """Its products set up the tiles of AMX, too, in the same threads."""
+    weight = sparse((256, 512), torch.bfloat16)
+    packed = backend.pack(encode(weight))
+    xs = [torch.randn(n, 512).bfloat16() for n in (64, 7, 100, 16)]
+    ours = [backend.linear(x, packed, None) for x in xs]
+    dense = [torch.nn.functional.linear(x, weight) for x in xs]
+    for x, y, of_torch in zip(xs, ours, dense, strict=True):
+        assert torch.equal(torch.nn.functional.linear(x, weight), of_torch)
+        assert torch.equal(backend.linear(x, packed, None), y)
+        assert_close(y, x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -114,6 +114,7 @@ int main() {
       }
       for (double density : {0.0, 0.01, 1.0}) check(tier, 130, 1100, 3, type, density, 2), ++checks;
       check(tier, 600, 300, 150, type, .5, 3), ++checks;
+      for (int64_t tokens : {33, 48, 530}) check(tier, 40, 300, tokens, type, .5, 2), ++checks;
     }
     printf("%s: ok\n", spinfer_cpu_tier_name(tier));
   }

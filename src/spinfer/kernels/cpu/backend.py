@@ -27,7 +27,7 @@ class CpuBackend:
     """Runs weights on the CPU.
 
     Args:
-        tier: instruction tier ("avx512bf16", "avx512", "avx2" or "scalar"); by default the library's choice.
+        tier: instruction tier ("amx", "avx512bf16", "avx512", "avx2" or "scalar"); by default the library's choice.
     """
 
     layout = CPU_LAYOUT

@@ -12,6 +12,9 @@ namespace {
 
 constexpr const Tier* kTiers[] = {
 #if defined(__x86_64__) || defined(_M_X64)
+#ifdef SPINFER_AMX
+    &kAmx,
+#endif
     &kAvx512Bf16,
     &kAvx512,
     &kAvx2,
@@ -88,13 +91,14 @@ void work(Job& job, int thread) {
 int linear(const Tier& tier, Pass pass, int64_t tokens, int threads) {
   const Weight& w = pass.weight;
   const int64_t x_size = pass.x_type == SPINFER_F32 ? 4 : 2;
-  const int64_t pass_tokens = tokens < kPassTokens ? tokens : kPassTokens;
+  const int64_t pass_tokens = tokens < tier.pass_tokens ? tokens : tier.pass_tokens;
+  const int64_t padded = padded_tokens(pass_tokens);
   const int64_t work_size = tier.keeps_bf16(w.type, pass.x_type) ? 2 : 4;
   if (w.out_features * w.in_features * tokens < kSerialWork || threads < 1) threads = 1;
 
-  const int64_t work_nbytes = align64(w.blocks() * pass_tokens * kRowX * work_size);
+  const int64_t work_nbytes = align64(w.blocks() * padded * kRowX * work_size);
   const bool many = pass_tokens > kStreamTokens;
-  Job job{&tier, pass, threads, 1, nullptr, align64((many ? kRunPanels : 1) * pass_tokens * kPanelRows * 4)};
+  Job job{&tier, pass, threads, 1, nullptr, align64((many ? kRunPanels : 1) * padded * kPanelRows * 4)};
   char* base = static_cast<char*>(t_workspace.get(size_t(work_nbytes + threads * job.totals_nbytes)));
   if (!base) return SPINFER_OUT_OF_MEMORY;
   job.pass.work_x = base;
@@ -154,13 +158,13 @@ int spinfer_cpu_tier_supported(int tier) { return usable_tier(tier) != nullptr; 
 
 int spinfer_cpu_tier_best(void) {
   int tier = 0;
+  while (!kTiers[tier]->supported()) ++tier;
 #if defined(__x86_64__) || defined(_M_X64)
   // vdpbf16ps starts every second cycle or slower on Intel's Golden Cove, at half the rate of two FMAs; on Zen 4 it starts
   // every cycle, twice the rate.
   __builtin_cpu_init();
-  if (!__builtin_cpu_is("amd")) tier = 1;
+  if (kTiers[tier] == &kAvx512Bf16 && !__builtin_cpu_is("amd")) ++tier;
 #endif
-  while (!kTiers[tier]->supported()) ++tier;
   return tier;
 }
 
@@ -172,6 +176,7 @@ int spinfer_cpu_linear(int tier, const void* values, const uint32_t* masks, cons
   const Tier* usable = usable_tier(tier);
   const bool types = type >= SPINFER_BF16 && type <= SPINFER_F32 && x_type >= SPINFER_BF16 && x_type <= SPINFER_F32;
   if (!usable || !types || out_features < 1 || in_features < 1 || tokens < 1) return SPINFER_BAD_ARGUMENT;
+  if (const Tier* other = usable->instead ? usable->instead(type, x_type, tokens) : nullptr) usable = other;
   const Weight weight{values, masks, offsets, out_features, in_features, type};
   return linear(*usable, Pass{weight, x, x_stride, tokens, x_type, bias, y, nullptr}, tokens, threads);
 }

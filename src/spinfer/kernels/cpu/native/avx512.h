@@ -1,6 +1,6 @@
-// The AVX-512 tiers. Values are expanded in registers (vpexpandw, vpexpandd) and multiplied at once, or, for more tokens
-// than registers take, from a small decoded chunk. A lane is a row: no sums across lanes, and x is a broadcast. Compiled twice: with SPINFER_BF16_TIER set, bf16 values times bf16
-// activations run on vdpbf16ps.
+// What the AVX-512 tiers share. Values are expanded in registers (vpexpandw, vpexpandd) and multiplied at once, or, for
+// more tokens than registers take, from a small decoded chunk. A lane is a row: no sums across lanes, and x is a
+// broadcast. With SPINFER_BF16_TIER set, bf16 values times bf16 activations run on vdpbf16ps.
 #pragma once
 #include <immintrin.h>
 
@@ -309,31 +309,5 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
 }
 
-#ifdef SPINFER_BF16_TIER
-bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-bool keeps_bf16(int type, int x_type) { return type == SPINFER_BF16 && x_type == SPINFER_BF16; }
-void prepare(const Pass& pass, int64_t first, int64_t last) {
-  prepare_rows<Avx512>(pass, first, last, keeps_bf16(pass.weight.type, pass.x_type));
-}
-void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
-  if (keeps_bf16(pass.weight.type, pass.x_type)) return run_all<Avx512, Bf16, true>(pass, first, last, totals);
-  run_by_type<Avx512>(pass, first, last, totals);
-}
-#else
-bool supported() { return has_avx512(); }
-bool keeps_bf16(int, int) { return false; }
-void prepare(const Pass& pass, int64_t first, int64_t last) { prepare_rows<Avx512>(pass, first, last, false); }
-void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
-  run_by_type<Avx512>(pass, first, last, totals);
-}
-#endif
-
 }  // namespace
-
-#ifdef SPINFER_BF16_TIER
-const Tier kAvx512Bf16 = {"avx512bf16", supported, keeps_bf16, prepare, run, pack_panel_avx512, pack_panel_avx512};
-#else
-const Tier kAvx512 = {"avx512", supported, keeps_bf16, prepare, run, pack_panel_avx512, pack_panel_avx512};
-#endif
-
 }  // namespace spinfer

@@ -16,9 +16,6 @@ constexpr int64_t kBlockK = 512;
 // A row of the x workspace: 16 elements more than a block, so that the rows of a token block fall on different L1 sets.
 constexpr int64_t kRowX = kBlockK + 16;
 
-// Tokens of one pass over the weights; bounds the workspace.
-constexpr int64_t kPassTokens = 128;
-
 struct Weight {
   const void* values;
   const uint32_t* masks;
@@ -32,7 +29,7 @@ struct Weight {
   int64_t blocks() const { return (in_features + kBlockK - 1) / kBlockK; }
 };
 
-// One pass: up to kPassTokens rows of x.
+// One pass over the weights: up to Tier::pass_tokens rows of x.
 struct Pass {
   Weight weight;
   const void* x;  // as the caller gave it
@@ -41,7 +38,7 @@ struct Pass {
   int x_type;
   const void* bias;
   void* y;
-  void* work_x;  // [block][token][kRowX], fp32, or bf16 where the tier says so
+  void* work_x;  // [block][token][kRowX], fp32, or bf16 where the tier says so; amx has an order of its own
 };
 
 // Pack one panel's part of a GroupTile: its 32 words and their values, `pairs` column pairs of which lie in the matrix.
@@ -58,13 +55,20 @@ struct Tier {
   bool (*keeps_bf16)(int type, int x_type);
   // Fill the rows [first, last) of work_x.
   void (*prepare)(const Pass& pass, int64_t first, int64_t last);
-  // Compute the panels [first, last); `totals` has room for 32 * tokens floats, `kRunPanels` times that above
+  // Compute the panels [first, last); `totals` has room for 32 * padded_tokens floats, `kRunPanels` times that above
   // kStreamTokens.
   void (*run)(const Pass& pass, int64_t first, int64_t last, float* totals);
   // Where the tier has something faster than the portable way.
   PackPanel16 pack_panel16;
   PackPanel32 pack_panel32;
+  // The tier that is faster with these types and so many tokens, if it is not this one.
+  const Tier* (*instead)(int type, int x_type, int64_t tokens) = nullptr;
+  // Tokens of one pass; bounds the workspace.
+  int64_t pass_tokens = 128;
 };
+
+// What the workspaces of x and of the sums have room for: amx computes whole tiles of 16.
+inline int64_t padded_tokens(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
 // With up to this many tokens, a panel is streamed from its first value to its last; with more, `kRunPanels` panels share
 // each block of x, which then comes from L2 once for all of them.
@@ -79,6 +83,7 @@ extern const Tier kScalar;
 extern const Tier kAvx2;
 extern const Tier kAvx512;
 extern const Tier kAvx512Bf16;
+extern const Tier kAmx;
 
 const uint16_t* pack_panel_avx512(const uint16_t* from, const uint64_t* words, int64_t pairs, bool interleaved,
                                   uint16_t*& to, uint32_t* masks);

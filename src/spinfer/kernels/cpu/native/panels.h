@@ -71,6 +71,32 @@ void prepare_rows(const Pass& pass, int64_t first, int64_t last, bool bf16) {
   }
 }
 
+// Add the bias to the sums of the panels [first, last), `panel_totals` apart, and store them as y, token by token: the
+// panels' parts of a row are neighbours.
+template <class Impl>
+void write_panels(const Pass& pass, int64_t first, int64_t last, float* totals, int64_t panel_totals) {
+  const Weight& w = pass.weight;
+  const int64_t y_size = pass.x_type == SPINFER_F32 ? 4 : 2;
+  const int64_t row = first * kPanelRows;
+  const int64_t rows = lesser(last * kPanelRows, w.out_features) - row;
+  float bias[kRunPanels * kPanelRows] = {};
+  if (pass.bias) Impl::load(bias, static_cast<const char*>(pass.bias) + row * y_size, pass.x_type, rows);
+  for (int64_t token = 0; token < pass.tokens; ++token) {
+    char* y = static_cast<char*>(pass.y) + (token * w.out_features + row) * y_size;
+    for (int64_t panel = 0; panel < last - first; ++panel) {
+      float* sum = totals + panel * panel_totals + token * kPanelRows;
+      for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += bias[panel * kPanelRows + r];
+      char* to = y + panel * kPanelRows * y_size;
+      const int64_t n = rows - panel * kPanelRows;
+      if (n >= kPanelRows) {
+        Impl::store(to, sum, pass.x_type, kPanelRows);
+      } else {
+        Impl::store(to, sum, pass.x_type, n);
+      }
+    }
+  }
+}
+
 template <class Impl, class Value, bool kBf16X>
 void run_panels(const Pass& pass, int64_t first, int64_t last, float* totals) {
   const Weight& w = pass.weight;
@@ -99,18 +125,7 @@ void run_panels(const Pass& pass, int64_t first, int64_t last, float* totals) {
     }
   }
 
-  const int64_t y_size = pass.x_type == SPINFER_F32 ? 4 : 2;
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t row = panel * kPanelRows;
-    const int64_t rows = lesser(kPanelRows, w.out_features - row);
-    float bias[kPanelRows] = {};
-    if (pass.bias) Impl::load(bias, static_cast<const char*>(pass.bias) + row * y_size, pass.x_type, rows);
-    for (int64_t token = 0; token < pass.tokens; ++token) {
-      float* sum = totals + (panel - first) * panel_totals + token * kPanelRows;
-      for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += bias[r];
-      Impl::store(static_cast<char*>(pass.y) + (token * w.out_features + row) * y_size, sum, pass.x_type, rows);
-    }
-  }
+  write_panels<Impl>(pass, first, last, totals, panel_totals);
 }
 
 template <class Impl, class Value, bool kBf16X = false>
