@@ -311,6 +311,14 @@ def test_staged_with_any_number_of_ctas(tokens: int, sm_count: int, dtype: torch
         assert torch.equal(staged(x, weight, sm_count), first)
 
 
+@pytest.mark.parametrize("tokens", [8, 128, 1000])
+def test_x_at_one_address_after_another(tokens: int) -> None:
+    w = random_weight(5000, 1000, 0.4)
+    weight = packed(w)
+    for x in torch.randn(4, tokens, 1000, device="cuda", dtype=torch.float16):
+        check(linear(x, weight), x, w)
+
+
 @hopper
 def test_staged_in_several_launches() -> None:
     w = random_weight(5000, 1000, 0.4)

@@ -16,8 +16,9 @@ _CALL = struct.Struct("7Q2i")
 _CONSTANTS = struct.Struct("12i")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
-_STAGED = struct.Struct("7Qq11i4x")
-"""StagedArgs of csrc/matmul_staged_sm90.cu."""
+_STAGED_CALL = struct.Struct("7Qqi")
+_STAGED_CONSTANTS = struct.Struct("10i4x")
+"""StagedArgs of csrc/matmul_staged_sm90.cu, likewise."""
 
 _NARROW_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 4
 _STAGED_THREADS, _STAGED_SHARED_NBYTES, _STAGED_TOKENS = 384, 227 * 1024, 128
@@ -89,6 +90,31 @@ class FusedPass:
         self._kernel.launch(self._device.index, self._launch_shape, stream, arguments + self._constants)
 
 
+class _StagedLaunch:
+    """What does not change from call to call of one launch of the kernel that stages the weight."""
+
+    def __init__(self, grid: ChunkGrid, config: StagedConfig) -> None:
+        shared_tiles = config.panels * config.token_tiles - config.whole
+        self.row = config.first_row_block * grid.chunk_rows
+        self.first_chunk = config.first_row_block * grid.chunks_k
+        self.staging_nbytes = config.panels * grid.chunks_k * grid.blocks_k * PANEL_ROWS * BLOCK_COLS * 2
+        self.partials_nbytes = shared_tiles * config.shares * PANEL_ROWS * _STAGED_TOKENS * 4
+        self.counters = 4 + config.panels * grid.chunks_k + shared_tiles
+        self.shape = LaunchShape(config.ctas, _STAGED_THREADS, _STAGED_SHARED_NBYTES)
+        self.constants = _STAGED_CONSTANTS.pack(
+            min(config.row_blocks * grid.chunk_rows, grid.out_features - self.row),
+            grid.chunks_k,
+            config.row_blocks,
+            -(-grid.in_features // BLOCK_COLS),
+            config.panels,
+            config.token_tiles,
+            config.token_group,
+            config.row_block_group,
+            config.whole,
+            config.shares,
+        )
+
+
 class StagedMatmul:
     """The kernel that stages the weight, likewise: all its launches for a device.
 
@@ -103,44 +129,31 @@ class StagedMatmul:
         self, grid: ChunkGrid, launches: tuple[StagedConfig, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
         self._kernel = load(staged_source(grid, dtype), "spinfer_matmul_staged")
-        self._grid, self._launches, self._device = grid, launches, device
+        self._launches = [_StagedLaunch(grid, config) for config in launches]
+        self._device = device
 
     def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write y = x W^T + bias as `FusedPass` does."""
-        grid, (tokens, in_features) = self._grid, x.shape
+        tokens, in_features = x.shape
         x, stride, address = _rows_aligned(x, tokens, in_features)
         x_map = _tensor_maps.get(address, tokens, in_features, stride, _STAGED_TOKENS)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         for launch in self._launches:
-            steps = grid.chunks_k * grid.blocks_k
-            shared_tiles = launch.panels * launch.token_tiles - launch.whole
-            staging = chunks.new_empty(launch.panels * steps * PANEL_ROWS * BLOCK_COLS * 2)
-            partials = chunks.new_empty(max(1, shared_tiles * launch.shares * PANEL_ROWS * _STAGED_TOKENS * 4))
-            counters = offsets.new_zeros(4 + launch.panels * grid.chunks_k + shared_tiles)
-            row = launch.first_row_block * grid.chunk_rows
-            arguments = _STAGED.pack(
+            workspace = chunks.new_empty(launch.staging_nbytes + launch.partials_nbytes)
+            staging = workspace.data_ptr()
+            counters = offsets.new_zeros(launch.counters)
+            call = _STAGED_CALL.pack(
                 chunks.data_ptr(),
-                offsets.data_ptr() + launch.first_row_block * grid.chunks_k * offsets.element_size(),
-                staging.data_ptr(),
-                partials.data_ptr(),
+                offsets.data_ptr() + launch.first_chunk * offsets.element_size(),
+                staging,
+                staging + launch.staging_nbytes,
                 counters.data_ptr(),
-                y.data_ptr() + row * y.element_size(),
-                0 if bias is None else bias.data_ptr() + row * bias.element_size(),
+                y.data_ptr() + launch.row * y.element_size(),
+                0 if bias is None else bias.data_ptr() + launch.row * bias.element_size(),
                 y.stride(0),
                 tokens,
-                min(launch.row_blocks * grid.chunk_rows, grid.out_features - row),
-                grid.chunks_k,
-                launch.row_blocks,
-                -(-in_features // BLOCK_COLS),
-                launch.panels,
-                launch.token_tiles,
-                launch.token_group,
-                launch.row_block_group,
-                launch.whole,
-                launch.shares,
             )
-            shape = LaunchShape(launch.ctas, _STAGED_THREADS, _STAGED_SHARED_NBYTES)
-            self._kernel.launch(self._device.index, shape, stream, x_map + arguments)
+            self._kernel.launch(self._device.index, launch.shape, stream, x_map + call + launch.constants)
 
 
 def _rows_aligned(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int, int]:
