@@ -214,7 +214,9 @@ class Engine:
             return [self.generate(self.prompts(batch, length), count)[0] for _ in range(times)]
 
         timed(new_tokens, 1)
+        launch_us = [self.llm.collective_rpc(_launch_us)[0]]
         first, whole = timed(1, repeats + 2), timed(new_tokens, repeats)
+        launch_us.append(self.llm.collective_rpc(_launch_us)[0])
         step = (statistics.median(whole) - statistics.median(first)) / (new_tokens - 1)
         return {
             "batch": batch,
@@ -226,6 +228,7 @@ class Engine:
             "ttft_ms": round(statistics.median(first) * 1e3, 2),
             "ttft_ms_all": [round(seconds * 1e3, 2) for seconds in first],
             "whole_s_all": [round(seconds, 4) for seconds in whole],
+            "launch_us": [round(us, 1) for us in launch_us],
         }
 
     def profile(self, row: Mapping[str, Any], steps: int = 16) -> dict[str, Any]:
@@ -276,6 +279,20 @@ def _by_kind(kernels: Mapping[str, float]) -> dict[str, float]:
 def _weights_gib(worker: Any) -> float:
     """What one rank's weights take."""
     return sum(parameter.nbytes for parameter in worker.model_runner.model.parameters()) / 2**30
+
+
+def _launch_us(worker: Any, times: int = 500) -> float:
+    """Microseconds of the host for one small dense product: how fast it launches at this moment."""
+    import torch
+
+    x = torch.ones(64, 64, dtype=torch.bfloat16, device=worker.device)
+    y = x @ x
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        torch.mm(x, x, out=y)
+    return (time.perf_counter() - began) / times * 1e6
 
 
 def _start_profile(worker: Any) -> None:
