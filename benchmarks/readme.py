@@ -31,7 +31,8 @@ PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 FIDELITY = (RESULTS / "h100" / "pruning_fidelity.json", RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_fidelity.json")
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
-VLLM = RESULTS / "h100" / "vllm.json"
+VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_fp8", "_opt_30b", "_qwen2.5_32b")]
+VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
 VLLM_CPU = RESULTS / "cpu" / "epyc-zen4-2-cores" / "vllm.json"
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
@@ -117,11 +118,17 @@ def decode() -> str:
     return "\n\n".join(parts)
 
 
+def vllm_result() -> dict[str, Any]:
+    """The runs in vLLM on one GPU."""
+    return vllm_report.together([json.loads(file.read_text()) for file in VLLM])
+
+
 def vllm() -> str:
     """Decode speed in vLLM, and what a GPU then has room for."""
-    result = json.loads(VLLM.read_text())
+    result = vllm_result()
     what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
-    return linked(f"{what}\n\n{vllm_report.speed(result)}\n\n{vllm_report.memory(result)}", VLLM)
+    plot = f"![Decode speed over dense bf16 against batch]({VLLM_PLOT.relative_to(ROOT).as_posix()})"
+    return linked(f"{what}\n\n{vllm_report.speed(result)}\n\n{plot}\n\n{vllm_report.memory(result)}", *VLLM)
 
 
 def vllm_cpu() -> str:
@@ -147,11 +154,18 @@ def vllm_cpu() -> str:
 
 def vllm_step() -> str:
     """Where the time of a decode step goes."""
-    tables = {file: vllm_report.breakdown(json.loads(file.read_text())) for file in (VLLM, *VLLM_70B)}
-    head, *rows = [table.splitlines() for table in tables.values() if table]
+    results = [vllm_result(), *(json.loads(file.read_text()) for file in VLLM_70B)]
+    tables = [vllm_report.breakdown(result, batches=(1, 16, 32)) for result in results]
+    head, *rows = [table.splitlines() for table in tables if table]
     lines = [*head, *(line for table in rows for line in table[2:])]
     text = "\n".join([*lines, "", "Microseconds; of several GPUs, the first's."])
-    return linked(text, *(file for file, table in tables.items() if table))
+    return linked(text, *VLLM, *(file for file, table in zip(VLLM_70B, tables[1:], strict=True) if table))
+
+
+def vllm_first() -> str:
+    """Where the time to the first token goes."""
+    table = vllm_report.breakdown(vllm_result(), "first", batches=(1, 8, 32))
+    return linked(f"{table}\n\nMicroseconds, of prompts of 128 tokens.", *VLLM)
 
 
 def vllm_70b() -> str:
@@ -313,7 +327,13 @@ BLOCKS = {
         "gpu": gpu,
     },
     "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
-    "docs/serving.md": {"vllm": vllm, "vllm-step": vllm_step, "vllm-70b": vllm_70b, "vllm-cpu": vllm_cpu},
+    "docs/serving.md": {
+        "vllm": vllm,
+        "vllm-step": vllm_step,
+        "vllm-first": vllm_first,
+        "vllm-70b": vllm_70b,
+        "vllm-cpu": vllm_cpu,
+    },
 }
 
 
@@ -339,6 +359,8 @@ def stale() -> list[Path]:
         for plot in map(sweep.path.with_name, sweep.plots()):
             if not plot.exists() or sweep.digest not in plot.read_text(encoding="utf-8"):
                 found.append(plot)
+    if not VLLM_PLOT.exists() or vllm_report.digest(vllm_result()) not in VLLM_PLOT.read_text(encoding="utf-8"):
+        found.append(VLLM_PLOT)
     return found
 
 
@@ -360,6 +382,7 @@ def main() -> None:
     if not checking:
         for sweep in map(Sweep, GPU_RESULTS):
             write(sweep)
+        vllm_report.plot(vllm_result(), VLLM_PLOT)
 
 
 if __name__ == "__main__":

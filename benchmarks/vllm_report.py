@@ -1,7 +1,8 @@
-"""Tables and a plot of what `vllm_gpu.py` measured: `python benchmarks/vllm_report.py RESULT.json [PLOT.svg]`."""
+"""Tables and a plot of what `vllm_gpu.py` measured: `python benchmarks/vllm_report.py RESULT.json ... [PLOT.svg]`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,14 @@ def engines(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
+def together(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The runs of several calls as one result; they must be of one kind of GPU, one vLLM and one sparsity."""
+    same = ("device", "vllm", "sparsity", "tensor_parallel")
+    if len({tuple(result[name] for name in same) for result in results}) != 1:
+        raise SystemExit(f"results that differ in {', '.join(same)} do not belong in one table")
+    return {**results[0], "runs": [run for result in results for run in result["runs"]]}
+
+
 def _rows(modes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[tuple[int, int], dict[str, dict[str, Any]]]]:
     """(input, batch) with each mode's measurement."""
     keys = dict.fromkeys((row["input"], row["batch"]) for run in modes.values() for row in run["rows"])
@@ -33,18 +42,16 @@ def _rows(modes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[tuple[int, i
 def speed(result: Mapping[str, Any]) -> str:
     """Decode speed and time to the first token, Markdown."""
     lines = [
-        "| model | input | batch | dense bf16 | dense FP8 | sparse | over bf16 | first token, over bf16 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | input | batch | dense bf16 | dense FP8 | sparse | over bf16 | first token, ms | over bf16 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model, modes in engines(result).items():
         for (length, batch), row in _rows(modes):
             cells = [f"{row[m]['decode_tokens_per_s']:,.0f}" if m in row else "" for m in MODES]
-            ratios = ["", ""]
+            ratios = ["", f"{row['sparse']['ttft_ms']:,.1f}" if "sparse" in row else "", ""]
             if "bf16" in row and "sparse" in row:
-                ratios = [
-                    f"{row['bf16']['decode_ms'] / row['sparse']['decode_ms']:.2f}x",
-                    f"{row['sparse']['ttft_ms'] / row['bf16']['ttft_ms']:.2f}",
-                ]
+                ratios[0] = f"{row['bf16']['decode_ms'] / row['sparse']['decode_ms']:.2f}x"
+                ratios[2] = f"{row['sparse']['ttft_ms'] / row['bf16']['ttft_ms']:.2f}"
             lines.append(f"| {model} | {length} | {batch} | {' | '.join((*cells, *ratios))} |")
     return "\n".join(lines)
 
@@ -89,60 +96,78 @@ def scaling(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def breakdown(result: Mapping[str, Any]) -> str:
-    """Microseconds of one decode step by kind of kernel, Markdown; empty where nothing was profiled."""
+def breakdown(result: Mapping[str, Any], what: str = "step", batches: Sequence[int] = ()) -> str:
+    """Microseconds by kind of kernel, Markdown; empty where nothing was profiled.
+
+    Args:
+        result: of one call, or of several together.
+        what: "step" of decoding, or "first" token of all prompts.
+        batches: to show; all, by default.
+    """
     profiles = [
         (model, mode, profile)
         for model, modes in engines(result).items()
         for mode, run in modes.items()
         for profile in run["profiles"]
-        if any(profile["step_us"].values())  # earlier, workers were not seen
+        if any(profile.get(f"{what}_us", {}).values())  # earlier, workers and first tokens were not seen
+        and (not batches or profile["batch"] in batches)
     ]
     if not profiles:
         return ""
-    kinds = list(profiles[0][2]["step_us"])
+    kinds = list(profiles[0][2][f"{what}_us"])
+    gaps = "gaps" if what == "step" else "first_gaps"
     lines = [
         f"| model | weights | GPUs | batch | {' | '.join(kinds)} | gaps |",
         f"| --- | --- {'| ---: ' * (len(kinds) + 3)}|",
     ]
     for model, mode, profile in profiles:
         cells = [f"{result['tensor_parallel']}", f"{profile['batch']}"]
-        cells += [f"{us:,.0f}" for us in (*profile["step_us"].values(), profile["gaps_us"])]
+        cells += [f"{us:,.0f}" for us in (*profile[f"{what}_us"].values(), profile[f"{gaps}_us"])]
         lines.append(f"| {model} | {MODES.get(mode, MODES['sparse'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Decode tokens a second over dense bf16, a panel for each model."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "spinfer"
-    from matplotlib import pyplot
+    """Decode tokens a second over dense bf16, a panel for each model; the file names the results that it shows."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     found = {model: modes for model, modes in engines(result).items() if "bf16" in modes}
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3.2 * len(found), 3.2), sharey=True, squeeze=False)
-    for axis, (model, modes) in zip(axes[0], found.items(), strict=True):
-        length = modes["bf16"]["rows"][0]["input"]
-        rows = {key[1]: row for key, row in _rows(modes) if key[0] == length and "bf16" in row}
-        for mode in modes:
-            points = [(b, row["bf16"]["decode_ms"] / row[mode]["decode_ms"]) for b, row in rows.items() if mode in row]
-            axis.plot([b for b, _ in points], [ratio for _, ratio in points], marker="o", label=MODES[mode])
-        axis.set(title=model, xlabel="batch", xscale="log", xticks=list(rows), xticklabels=list(rows))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("decode speed over dense bf16")
-    axes[0][-1].legend()
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "spinfer"}):
+        figure = Figure(figsize=(3.2 * len(found), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for axis, (model, modes) in zip(axes, found.items(), strict=True):
+            length = modes["bf16"]["rows"][0]["input"]
+            rows = {key[1]: row for key, row in _rows(modes) if key[0] == length and "bf16" in row}
+            for number, mode in enumerate(MODES):
+                points = [
+                    (b, row["bf16"]["decode_ms"] / row[mode]["decode_ms"]) for b, row in rows.items() if mode in row
+                ]
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", label=MODES[mode])
+            axis.set(title=model, xlabel="batch", xscale="log", xticks=list(rows), xticklabels=list(rows))
+            axis.minorticks_off()
+            axis.grid(linewidth=0.3)
+        axes[0].set_ylim(bottom=0)
+        axes[0].set_ylabel("decode speed over dense bf16")
+        axes[0].legend(fontsize="small")
+        figure.savefig(path, metadata={"Date": None, "Description": digest(result)})
+
+
+def digest(result: Mapping[str, Any]) -> str:
+    """Of the runs that the tables and the plot show."""
+    return hashlib.sha256(json.dumps(result["runs"], sort_keys=True).encode()).hexdigest()
 
 
 def main() -> None:
     """Print the tables and draw the plot."""
-    result = json.loads(Path(sys.argv[1]).read_text())
-    print("\n\n".join(part for part in (speed(result), memory(result), breakdown(result)) if part))
-    if len(sys.argv) > 2:
-        plot(result, Path(sys.argv[2]))
+    files = [Path(argument) for argument in sys.argv[1:]]
+    result = together([json.loads(file.read_text()) for file in files if file.suffix == ".json"])
+    parts = (speed(result), memory(result), breakdown(result), breakdown(result, "first"))
+    print("\n\n".join(part for part in parts if part))
+    for file in files:
+        if file.suffix == ".svg":
+            plot(result, file)
 
 
 if __name__ == "__main__":
