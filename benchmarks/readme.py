@@ -33,6 +33,7 @@ FIDELITY = (RESULTS / "h100" / "pruning_fidelity.json", RESULTS / "cpu" / "epyc-
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_fp8", "_opt_30b", "_qwen2.5_32b")]
 VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
+VLLM_H200 = RESULTS / "h200" / "vllm.json"
 VLLM_CPU = RESULTS / "cpu" / "epyc-zen4-2-cores" / "vllm.json"
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
@@ -129,6 +130,12 @@ def vllm() -> str:
     what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
     plot = f"![Decode speed over dense bf16 against batch]({VLLM_PLOT.relative_to(ROOT).as_posix()})"
     return linked(f"{what}\n\n{vllm_report.speed(result)}\n\n{plot}\n\n{vllm_report.memory(result)}", *VLLM)
+
+
+def vllm_h200() -> str:
+    """The same on another card."""
+    result = json.loads(VLLM_H200.read_text())
+    return linked(f"{result['device']}, vLLM {result['vllm']}:\n\n{vllm_report.speed(result)}", VLLM_H200)
 
 
 def vllm_cpu() -> str:
@@ -329,6 +336,7 @@ BLOCKS = {
     "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
     "docs/serving.md": {
         "vllm": vllm,
+        "vllm-h200": vllm_h200,
         "vllm-step": vllm_step,
         "vllm-first": vllm_first,
         "vllm-70b": vllm_70b,
