@@ -21,10 +21,12 @@ from table import table  # noqa: E402  (the demo's own)
 
 from spinfer.bench.kernel_report import PLOTS, Sweep, report, speedups_over_tokens, write  # noqa: E402
 
-CPU = RESULTS / "cpu" / "xeon-emerald-rapids-2-cores"
 GPU_RESULTS = [file for name in ("h100", "h200") if (file := RESULTS / name / "kernel.json").exists()]
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
-CPUS = {CPU: "2 cores of an Emerald Rapids Xeon", RESULTS / "cpu" / "epyc-zen4-2-cores": "2 cores of a Zen 4 EPYC"}
+CPUS = {
+    RESULTS / "cpu" / "xeon-sapphire-rapids-2-cores": "2 cores of a Sapphire Rapids Xeon (AMX)",
+    RESULTS / "cpu" / "epyc-zen4-2-cores": "2 cores of a Zen 4 EPYC",
+}
 """Machines, each shown where its results hold all that the table needs."""
 DEMO = RESULTS / "cpu" / "epyc-zen4-2-cores" / "demo.json"
 PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
@@ -124,12 +126,26 @@ def vllm_result() -> dict[str, Any]:
     return vllm_report.together([json.loads(file.read_text()) for file in VLLM])
 
 
+def vllm_in_brief() -> str:
+    """The README's table of decode speed in vLLM, and the plot."""
+    result = vllm_result()
+    what = (
+        f"Tokens a second of decoding, and over dense bf16; {result['sparsity']:.0%} sparse, 128 tokens in, "
+        f"{result['device']}, vLLM {result['vllm']}:"
+    )
+    return linked(f"{what}\n\n{vllm_report.in_brief(result, 128)}\n\n{_vllm_plot()}", *VLLM)
+
+
+def _vllm_plot() -> str:
+    return f"![Decode speed over dense bf16 against batch]({VLLM_PLOT.relative_to(ROOT).as_posix()})"
+
+
 def vllm() -> str:
     """Decode speed in vLLM, and what a GPU then has room for."""
     result = vllm_result()
     what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
-    plot = f"![Decode speed over dense bf16 against batch]({VLLM_PLOT.relative_to(ROOT).as_posix()})"
-    return linked(f"{what}\n\n{vllm_report.speed(result)}\n\n{plot}\n\n{vllm_report.memory(result)}", *VLLM)
+    text = f"{what}\n\n{vllm_report.speed(result)}\n\n{_vllm_plot()}\n\n{vllm_report.memory(result)}"
+    return linked(text, *VLLM)
 
 
 def vllm_h200() -> str:
@@ -327,7 +343,7 @@ BLOCKS = {
     "README.md": {
         "demo": demo,
         "pruning": useful,
-        "vllm": vllm,
+        "vllm": vllm_in_brief,
         "one-gpu": one_gpu,
         "cpu": cpu,
         "decode": decode,

@@ -56,6 +56,27 @@ def speed(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def in_brief(result: Mapping[str, Any], length: int) -> str:
+    """Decode speed, and over dense bf16, for prompts of one length: a model a line, Markdown."""
+    found = {
+        model: {batch: row for (at, batch), row in _rows(modes) if at == length and {"bf16", "sparse"} <= set(row)}
+        for model, modes in engines(result).items()
+    }
+    batches = sorted({batch for rows in found.values() for batch in rows})
+    lines = [
+        f"| | {' | '.join(f'batch {batch}' for batch in batches)} | GiB of weights, dense | sparse |",
+        f"| --- | {' | '.join('---:' for _ in batches)} | ---: | ---: |",
+    ]
+    for model, modes in engines(result).items():
+        cells = []
+        for batch in batches:
+            dense, sparse = (found[model][batch][mode] for mode in ("bf16", "sparse"))
+            cells.append(f"{sparse['decode_tokens_per_s']:,.0f}, {dense['decode_ms'] / sparse['decode_ms']:.2f}x")
+        cells += [f"{max(modes[mode]['weights_gib']):.1f}" for mode in ("bf16", "sparse")]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def memory(result: Mapping[str, Any]) -> str:
     """Weights and room for the KV cache, measured and as `spinfer plan` says, Markdown."""
     lines = [
