@@ -19,9 +19,9 @@ constexpr int64_t kTilePairs = 16;
 constexpr int64_t kTileTokens = 16;
 constexpr int64_t kTileNbytes = 1024;
 
-// Fewer are no slower multiplied as they are expanded (2048 x 576: 71 us against 78 for one token, 76 either way for two,
-// 91 against 81 for three; 4096 x 4096: the same up to two).
-constexpr int64_t kFewestTokens = 3;
+// One is faster multiplied as it is expanded (2048 x 576: 75 us against 84; 4096 x 4096 at 70 %: 701 against 739), two are
+// not (87 against 86; 809 against 730).
+constexpr int64_t kFewestTokens = 2;
 
 // Tokens are cut into tiles of the same size, because a tile takes time for each of its rows.
 struct TokenTiles {
