@@ -114,7 +114,8 @@ int linear(const Tier& tier, Pass pass, int64_t tokens, int threads) {
     job.pass.y = static_cast<char*>(pass.y) + token * w.out_features * x_size;
     job.pass.tokens = tokens - token < pass_tokens ? tokens - token : pass_tokens;
     const bool much = job.pass.tokens * w.in_features > (1 << 15);
-    parallel_for(much ? threads : 1, job.pass.tokens, much ? 1 : job.pass.tokens,
+    const int64_t part = (job.pass.tokens + 4 * threads - 1) / (4 * threads);
+    parallel_for(much ? threads : 1, job.pass.tokens, much ? part : job.pass.tokens,
                  [&](int64_t first, int64_t last) { tier.prepare(job.pass, first, last); });
     job.next.store(0, std::memory_order_relaxed);
     on_threads<Job>(threads, job, work);

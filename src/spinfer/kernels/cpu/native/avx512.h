@@ -255,6 +255,16 @@ const Value* decoded(const Value* values, const uint32_t* masks, int64_t pairs, 
   return values;
 }
 
+// As bf16_of_float; vcvtneps2bf16 would take subnormals for zero.
+inline __m256i bf16_of_floats(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
+}
+
 struct Avx512 {
   static void load(float* to, const void* from, int type, int64_t n) {
     const uint16_t* half = static_cast<const uint16_t*>(from);
@@ -275,6 +285,9 @@ struct Avx512 {
     uint16_t* half = static_cast<uint16_t*>(to);
     int64_t i = 0;
     if (type == SPINFER_BF16) {
+      for (; i + 16 <= n; i += 16) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), bf16_of_floats(_mm512_loadu_ps(from + i)));
+      }
       for (; i < n; ++i) half[i] = bf16_of_float(from[i]);
     } else if (type == SPINFER_F16) {
       for (; i + 16 <= n; i += 16) {

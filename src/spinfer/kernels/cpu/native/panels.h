@@ -85,7 +85,9 @@ void write_panels(const Pass& pass, int64_t first, int64_t last, float* totals, 
     char* y = static_cast<char*>(pass.y) + (token * w.out_features + row) * y_size;
     for (int64_t panel = 0; panel < last - first; ++panel) {
       float* sum = totals + panel * panel_totals + token * kPanelRows;
-      for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += bias[panel * kPanelRows + r];
+      if (pass.bias) {
+        for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += bias[panel * kPanelRows + r];
+      }
       char* to = y + panel * kPanelRows * y_size;
       const int64_t n = rows - panel * kPanelRows;
       if (n >= kPanelRows) {

@@ -168,17 +168,16 @@ void prepare(const Pass& pass, int64_t first, int64_t last) {
   const Weight& w = pass.weight;
   const TokenTiles tokens(pass.tokens);
   const Chunks chunks(w, tokens);
-  for (int64_t token = first; token < last; ++token) {
-    const uint16_t* row = static_cast<const uint16_t*>(pass.x) + token * pass.x_stride;
-    const int64_t in_tile = token % tokens.rows;
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-      const int64_t tiles = chunks.tiles_of(chunk);
-      uint16_t* to = static_cast<uint16_t*>(pass.work_x) + chunk * chunks.chunk_pairs * 2 * tokens.tokens() +
-                     (token / tokens.rows * tiles * tokens.rows + in_tile) * 32;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t column = chunk * chunks.chunk_pairs * 2 + tile * 32;
-        const __mmask32 inside = __mmask32((uint64_t(1) << lesser(32, w.in_features - column)) - 1);
-        _mm512_storeu_si512(to + tile * tokens.rows * 32, _mm512_maskz_loadu_epi16(inside, row + column));
+  const uint16_t* x = static_cast<const uint16_t*>(pass.x);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t tiles = chunks.tiles_of(chunk);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t column = chunk * chunks.chunk_pairs * 2 + tile * 32;
+      const __mmask32 inside = __mmask32((uint64_t(1) << lesser(32, w.in_features - column)) - 1);
+      uint16_t* to = static_cast<uint16_t*>(pass.work_x) + (column - tile * 32) * tokens.tokens();
+      for (int64_t token = first; token < last; ++token) {
+        const int64_t row = (token / tokens.rows * tiles + tile) * tokens.rows + token % tokens.rows;
+        _mm512_storeu_si512(to + row * 32, _mm512_maskz_loadu_epi16(inside, x + token * pass.x_stride + column));
       }
     }
   }
