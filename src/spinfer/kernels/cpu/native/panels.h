@@ -90,11 +90,7 @@ void write_panels(const Pass& pass, int64_t first, int64_t last, float* totals, 
       }
       char* to = y + panel * kPanelRows * y_size;
       const int64_t n = rows - panel * kPanelRows;
-      if (n >= kPanelRows) {
-        Impl::store(to, sum, pass.x_type, kPanelRows);
-      } else {
-        Impl::store(to, sum, pass.x_type, n);
-      }
+      Impl::store(to, sum, pass.x_type, lesser(n, kPanelRows));
     }
   }
 }
@@ -148,4 +144,12 @@ void run_by_type(const Pass& pass, int64_t first, int64_t last, float* totals) {
     default:
       return run_all<Impl, F32>(pass, first, last, totals);
   }
+}
+
+// For tiers whose workspace is fp32 whatever the types; with these, `run` is run_by_type<Impl>.
+inline bool keeps_fp32(int, int) { return false; }
+
+template <class Impl>
+void prepare_fp32(const Pass& pass, int64_t first, int64_t last) {
+  prepare_rows<Impl>(pass, first, last, false);
 }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "avx512.h"
 
@@ -233,9 +234,7 @@ void run_panels(const Pass& pass, const TokenTiles& tokens, int64_t first, int64
       decoder.expand(decoder.left);
       asm volatile("" ::: "memory");
       next[next_panel - first] = decoder.values;
-      char* swapped = buffer;
-      buffer = other;
-      other = swapped;
+      std::swap(buffer, other);
     }
   }
   write_panels<Avx512>(pass, first, last, totals, panel_totals);

@@ -213,12 +213,9 @@ bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
          __builtin_cpu_supports("popcnt");
 }
-bool keeps_bf16(int, int) { return false; }
-void prepare(const Pass& pass, int64_t first, int64_t last) { prepare_rows<Avx2>(pass, first, last, false); }
-void run(const Pass& pass, int64_t first, int64_t last, float* totals) { run_by_type<Avx2>(pass, first, last, totals); }
 
 }  // namespace
 
-const Tier kAvx2 = {"avx2", supported, keeps_bf16, prepare, run, nullptr, nullptr};
+const Tier kAvx2 = {"avx2", supported, keeps_fp32, prepare_fp32<Avx2>, run_by_type<Avx2>, nullptr, nullptr};
 
 }  // namespace spinfer

@@ -68,14 +68,9 @@ struct Scalar {
 };
 
 bool supported() { return true; }
-bool keeps_bf16(int, int) { return false; }
-void prepare(const Pass& pass, int64_t first, int64_t last) { prepare_rows<Scalar>(pass, first, last, false); }
-void run(const Pass& pass, int64_t first, int64_t last, float* totals) {
-  run_by_type<Scalar>(pass, first, last, totals);
-}
 
 }  // namespace
 
-const Tier kScalar = {"scalar", supported, keeps_bf16, prepare, run, nullptr, nullptr};
+const Tier kScalar = {"scalar", supported, keeps_fp32, prepare_fp32<Scalar>, run_by_type<Scalar>, nullptr, nullptr};
 
 }  // namespace spinfer
