@@ -34,7 +34,7 @@ struct TokenTiles {
   int64_t tokens() const { return count * rows; }
   // Two tiles of sums by two stay in registers for all of a panel.
   bool one_group() const { return count <= 2; }
-  // Tiles of weights to a chunk, measured at 4096 x 4096: 8 instead of 4 costs 10 to 20 % with one group, whose sums are
+  // Tiles of weights to a chunk, measured at 4096 x 4096: 8 instead of 4 costs 10 to 34 % with one group, whose sums are
   // never stored in between; 4 instead of 8 costs 7 to 9 % with more.
   int64_t chunk_tiles() const { return one_group() ? 4 : 8; }
 };
