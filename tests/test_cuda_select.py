@@ -71,6 +71,7 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
         if isinstance(config, HopperConfig):
             assert config.ctas % config.split == 0
             assert config.split <= grid.chunks_k, "each CTA of a cluster has chunks"
+            assert 2 <= config.boxes <= config.slots, "slots tell when boxes are free"
             if config.split > 1:
                 assert config.ctas // config.split <= grid.row_blocks, "each cluster has a row block"
         elif isinstance(config, WideConfig):

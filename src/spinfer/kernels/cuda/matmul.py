@@ -47,9 +47,9 @@ class FusedPass:
         warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0, 0)
         if isinstance(config, HopperConfig):
             warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
-            memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, 0)
         elif isinstance(config, WideConfig):
             warps, passes = config.warps + _PRODUCER_WARPS, config.passes
+        if isinstance(config, HopperConfig | WideConfig):
             memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
         self._box_rows = config.tokens
         self._strips = passes * grid.row_blocks

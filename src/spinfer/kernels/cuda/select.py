@@ -8,16 +8,20 @@ from dataclasses import dataclass
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, ChunkGrid
 
-_NARROW, _MAX_NARROW = 16, 32
-"""Up to _NARROW tokens csrc/matmul_sm90.cu is always the faster one, above _MAX_NARROW never."""
+_MAX_NARROW = 32
+"""Up to so many tokens csrc/matmul_sm90.cu is the faster one."""
 
 _NARROW_TILES = (8, 16, 24, 32)
-_WIDE_TILES = (32, 48, 64, 96, 128, 192, 256)
+_WIDE_TILES = (48, 64, 96, 128, 192, 256)
 _FEW, _MANY = 64, 128
 """Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64). Beyond _MANY 8 warps hold one
 tile each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
 
 _MAX_SLOTS = 8
+_CHUNKS_WANTED = 4.2
+"""Chunks of the weight that are worth more than further boxes of x: with 3.8 and 10 boxes 28672 x 8192 takes 117.7 us,
+with 4.3 and 8 boxes 106.9 (H100, 50 %, 64 tokens)."""
+
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
 
@@ -75,6 +79,7 @@ class HopperConfig:
         split: CTAs of a cluster, which share row blocks along k; 1 for ranges of chunks that CTAs share by chance.
         ctas: how many.
         slots: chunks that may be in shared memory.
+        boxes: chunks whose columns of x may be; 2 at least, and no more than slots.
         ring_at: where the weight is in shared memory, in bytes.
         ring_nbytes: how much of it.
         shared_nbytes: shared memory in all.
@@ -85,6 +90,7 @@ class HopperConfig:
     split: int
     ctas: int
     slots: int
+    boxes: int
     ring_at: int
     ring_nbytes: int
     shared_nbytes: int
@@ -167,11 +173,19 @@ class PortableConfig:
 
 
 def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    return (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
+    tiles_at_once = 1 if tile < 16 or (tile >= 32 and warps_k >= 8) else 2  # as in csrc/matmul.cuh
+    return (warps_k - 1) * grid.blocks_m * 2 * tiles_at_once * 512
 
 
 def hopper_config(
-    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None, in_flight: int = 2
+    grid: ChunkGrid,
+    nnz: int,
+    tokens: int,
+    traits: DeviceTraits,
+    *,
+    split: int | None = None,
+    boxes: int | None = None,
+    in_flight: int = 2,
 ) -> HopperConfig:
     """Configuration of the kernel for 1 to 32 tokens.
 
@@ -181,6 +195,7 @@ def hopper_config(
         tokens: N.
         traits: of the device.
         split: of `HopperConfig`, instead of the choice.
+        boxes: likewise.
         in_flight: copies of the weight outstanding at a time.
     """
     tile = next(tile for tile in _NARROW_TILES if tile >= tokens)
@@ -191,18 +206,23 @@ def hopper_config(
     fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, grid.blocks_k, tile) + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
-    slots = max(2, min(_MAX_SLOTS, room // (x_nbytes + chunk), (room - MAX_CHUNK_NBYTES) // x_nbytes))
-    ring = (room - slots * x_nbytes) // 128 * 128
+    if boxes is None:
+        # On an H100 at 24 and 32 tokens a third box is worth 1 to 4 %, a fourth chunk of the weight 10 to 15 %, a fifth
+        # 1 to 5 %.
+        with_2, with_3 = ((room - count * x_nbytes) // chunk for count in (2, 3))
+        boxes = 2 if with_3 < min(5, with_2) else 3
+    ring = (room - boxes * x_nbytes) // 128 * 128
     ctas = min(traits.sm_count, grid.chunks) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
     return HopperConfig(
         tokens=tile,
         split=split,
         ctas=ctas,
-        slots=slots,
-        ring_at=fixed + slots * x_nbytes,
+        slots=_MAX_SLOTS,
+        boxes=boxes,
+        ring_at=fixed + boxes * x_nbytes,
         ring_nbytes=ring,
-        shared_nbytes=fixed + slots * x_nbytes + ring,
-        in_flight=min(in_flight, slots),
+        shared_nbytes=fixed + boxes * x_nbytes + ring,
+        in_flight=in_flight,
     )
 
 
@@ -224,18 +244,6 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     rounds = -(-grid.row_blocks // clusters)
     busy: float = grid.row_blocks / (rounds * clusters)
     return busy >= _SPLIT_LEAST_BUSY and _copies_us(grid, nnz) * (math.sqrt(1 / busy) - 1) < _SPLIT_SAVES_US
-
-
-def _hopper_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> HopperConfig | WideConfig:
-    if tokens <= _MAX_NARROW:
-        config = hopper_config(grid, nnz, tokens, traits)
-        # Between the two, x takes so much shared memory that a denser matrix waits for its chunks: 8192 x 8192 at 32
-        # tokens and 30 % takes 53 us with 3 slots, 39 with the other kernel; at 60 % and with 4 slots 29 against 32.
-        # With chunks of 64 rows 3 are enough: 4096 x 14336 at 24 tokens and 60 % takes 24 us, with the other kernel 31.
-        enough = 3 if grid.blocks_m == 2 else 4
-        if tokens <= _NARROW or config.slots >= enough:
-            return config
-    return wide_config(grid, nnz, tokens, traits)
 
 
 def wide_config(
@@ -269,7 +277,7 @@ def wide_config(
     warps_k = warps * bands // (2 * grid.blocks_m)
     fixed = _BARRIER_NBYTES + max(_scratch_nbytes(grid, warps_k, tile), warps * _STORE_NBYTES if tile > _FEW else 0)
     room = traits.shared_nbytes - fixed
-    wanted = max(MAX_CHUNK_NBYTES, int(3.5 * grid.mean_chunk_nbytes(nnz)))
+    wanted = max(MAX_CHUNK_NBYTES, int(_CHUNKS_WANTED * grid.mean_chunk_nbytes(nnz)))
     if boxes is None:
         # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy
         # before in a box must be one that the same warps have seen land: a barrier tells the last phase alone from
@@ -376,7 +384,8 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
     """
     hopper = traits.capability == (9, 0)
     if same_dtype and hopper and tokens <= (_MOST_HOPPER_SHORT if grid.blocks_m == 2 else _MOST_HOPPER):
-        return Fused(tokens, (_hopper_choice(grid, nnz, tokens, traits),))
+        config_of = hopper_config if tokens <= _MAX_NARROW else wide_config
+        return Fused(tokens, (config_of(grid, nnz, tokens, traits),))
     if same_dtype and not hopper and tokens <= _MOST_PORTABLE:
         step = _PORTABLE_TILES[-1]
         return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))

@@ -138,12 +138,17 @@ __device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32
   }
 }
 
+// Tiles of 8 tokens that sum_warps adds up at a time: with two at 32 tokens and eight warps along k, its shared memory would cost
+// the ring a chunk.
+__device__ constexpr int tiles_at_once(int warps_k) { return kTiles < 2 || (kTiles >= 4 && warps_k >= 8) ? 1 : 2; }
+__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * tiles_at_once(warps_k) * 512; }
+
 // Adds up the accumulators of the warps along k (kWarpsK of them) through shared memory, in their order, in the warps with
 // warp_k 0. kBandsAWarp bands a warp, from `band` on. All `threads` consumer threads call it.
 template <int kWarpsK, int kBandsAWarp>
 __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
   if constexpr (kWarpsK > 1) {
-    constexpr int kPass = kTiles < 2 ? kTiles : 2;  // 8-token tiles a pass through `scratch`
+    constexpr int kPass = tiles_at_once(kWarpsK);
     auto at = [&](int q, int r, int j) { return scratch + ((((q - 1) * kBands + band + r) * kPass + j) * 32 + lane) * 16; };
 #pragma unroll
     for (int n0 = 0; n0 < kTiles; n0 += kPass) {
@@ -177,7 +182,6 @@ __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], 
     }
   }
 }
-__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * (kTiles < 2 ? kTiles : 2) * 512; }
 
 template <int kBandsAWarp>
 __device__ __forceinline__ void clear(float (&acc)[kBandsAWarp][kTiles][4]) {

@@ -41,28 +41,29 @@ constexpr u32 kPartialSums = kScratch + scratch_bytes(kWarpsK);  // of the other
 constexpr u32 kX = kPartialSums + (kSplit - 1) * kPartialFloats * 4;  // 1024-byte aligned, for the swizzle
 static_assert(kCredit + 8 * kSplit <= kScratch && kX % 1024 == 0);
 
-// Copies the columns of x that go with each chunk of the work.
+// Copies the columns of x that go with each chunk of the work. They have slots of their own, no more than the weight has: the
+// columns of chunk i take the place of those of chunk i - boxes when consumers have given that chunk back.
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
   wait_for_predecessor();  // x may be its output
-  int slot = 0;
-  u32 parity = 1;  // the first pass over the slots finds them empty
+  int box = 0, slot = 0;  // slot: of chunk i - boxes
+  u32 parity = 0;
   i32 chunk_k = work.at(0).k;
   for (i32 i = 0; i < work.count; i++) {
-    mbarrier_wait(start + kEmpty + 8 * slot, parity);
-    if (lane == 0) mbarrier_expect(start + kXLanded + 8 * slot, kXBytes);
+    if (i >= p.boxes) {
+      mbarrier_wait(start + kEmpty + 8 * slot, parity);
+      if (++slot == p.slots) slot = 0, parity ^= 1;
+    }
+    if (lane == 0) mbarrier_expect(start + kXLanded + 8 * box, kXBytes);
     __syncwarp();
     if (lane < kBlocksK)
       asm volatile(
           "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-          " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + slot * kXBytes + lane * kBoxBytes),
-          "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(start + kXLanded + 8 * slot), "l"(kEvictLast)
+          " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + box * kXBytes + lane * kBoxBytes),
+          "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(start + kXLanded + 8 * box), "l"(kEvictLast)
           : "memory");
     if (++chunk_k == work.k_end()) chunk_k = work.k_begin;
-    if (++slot == p.slots) slot = 0, parity ^= 1;
+    if (++box == p.boxes) box = 0;
   }
-  // The note after the last chunk comes without x. Its slot may still be held; `parity` says of which round it is.
-  mbarrier_wait(start + kEmpty + 8 * slot, parity);
-  if (lane == 0) mbarrier_arrive(start + kXLanded + 8 * slot);
 }
 
 // What one warp multiplies: its block of every chunk of the work.
@@ -83,8 +84,8 @@ struct Consumer {
   BlockState state;  // of the block to multiply next
   Note note;         // of the chunk it is in
   u32 chunk_at;      // its shared address
-  int slot = 0;
-  u32 parity = 0, x;
+  int slot = 0, box = 0;  // of the chunk to open next, and of x of the chunk to multiply next
+  u32 parity = 0, box_parity = 0;
 
   __device__ __forceinline__ Consumer(const MatmulArgs& p, const u32 start, int warp, int lane)
       : p(p),
@@ -95,17 +96,14 @@ struct Consumer {
         warp_k(warp / kBlocksM),
         x_first(start + kX + warp / kBlocksM * kBoxBytes),
         x_lane((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4)),
-        decoder(lane),
-        x(x_first) {
+        decoder(lane) {
     clear(acc);
   }
-  // Waits for the chunk in `slot` and its x, and reads the masks of this warp's block in it.
+  // Waits for the chunk in `slot`, and reads the masks of this warp's block in it.
   __device__ __forceinline__ void load_chunk(Note& note, BlockState& state, u32 chunk) const {
     mbarrier_wait(start + kLanded + 8 * slot, parity);
     decoder.load(state, chunk, block, lane);
     note = read_note(start + kNotes + 16 * slot);
-    // This wait ends a basic block; without that the masks would be loaded, and the next block opened, last of all.
-    mbarrier_wait(start + kXLanded + 8 * slot, parity);
   }
   __device__ __forceinline__ void multiply(u32 x_block, int s) {
 #if SPINFER_WGMMA
@@ -135,23 +133,25 @@ struct Consumer {
   // first. With wgmma a chunk is otherwise given back one step into the next, when its last products are complete.
   template <bool kAhead>
   __device__ __forceinline__ void chunk(Note& next) {
-    const u32 empty = start + kEmpty + 8 * slot, x_now = x, next_at = note.next_chunk;
+    const u32 empty = start + kEmpty + 8 * slot, next_at = note.next_chunk;
+    const u32 x = x_first + box * kXBytes, x_landed = start + kXLanded + 8 * box, x_parity = box_parity;
     BlockState ahead;
-    x += kXBytes;
-    if (++slot == p.slots) slot = 0, parity ^= 1, x = x_first;
+    if (++slot == p.slots) slot = 0, parity ^= 1;
+    if (++box == p.boxes) box = 0, box_parity ^= 1;
 #if SPINFER_WGMMA
-    multiply(x_now, 0);
+    mbarrier_wait(x_landed, x_parity);
+    multiply(x, 0);
     if (to_release) {
       give_back(to_release);
       to_release = 0;
     }
 #endif
-    if (kAhead) {
-      load_chunk(next, ahead, next_at);
-      decoder.open(ahead);
-    }
+    if (kAhead) load_chunk(next, ahead, next_at);
+    // This wait ends a basic block; without that the masks would be loaded, and the next block opened, last of all.
+    mbarrier_wait(x_landed, x_parity);
+    if (kAhead) decoder.open(ahead);
 #pragma unroll
-    for (int s = SPINFER_WGMMA; s < 4; s++) multiply(x_now, s);
+    for (int s = SPINFER_WGMMA; s < 4; s++) multiply(x, s);
     if (kAhead) state = ahead;
     chunk_at = next_at;
 #if SPINFER_WGMMA
@@ -271,9 +271,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.slots; i++) {
       mbarrier_init(start + kLanded + 8 * i, 1);
-      mbarrier_init(start + kXLanded + 8 * i, 1);
       mbarrier_init(start + kEmpty + 8 * i, kConsumerWarps);
     }
+    for (int i = 0; i < p.boxes; i++) mbarrier_init(start + kXLanded + 8 * i, 1);
     if constexpr (kSplit > 1) {
       mbarrier_init(start + kReceived, 1);
       for (int i = 0; i < kSplit; i++) mbarrier_init(start + kCredit + 8 * i, kBlocksM);
