@@ -13,7 +13,7 @@ from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, lo
 from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
 _CALL = struct.Struct("7Q2i")
-_CONSTANTS = struct.Struct("12i")
+_CONSTANTS = struct.Struct("11i4x")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
 _STAGED_CALL = struct.Struct("7Qqi")
@@ -44,13 +44,13 @@ class FusedPass:
         self._kernel = load(source(grid, config, dtype), "spinfer_matmul")
         self._hopper = not isinstance(config, PortableConfig)
         self._device = device
-        warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0, 0)
+        warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0)
         if isinstance(config, HopperConfig):
             warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
         elif isinstance(config, WideConfig):
             warps, passes = config.warps + _PRODUCER_WARPS, config.passes
         if isinstance(config, HopperConfig | WideConfig):
-            memory = (config.slots, config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
+            memory = (config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
         self._box_rows = config.tokens
         self._strips = passes * grid.row_blocks
         self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens

@@ -12,12 +12,14 @@ _MAX_NARROW = 32
 """Up to so many tokens csrc/matmul_sm90.cu is the faster one."""
 
 _NARROW_TILES = (8, 16, 24, 32)
+_NARROW_SCRATCH_NBYTES = 16 * 1024
+"""What its 16 warps add up through at a time: 8 tokens of 32 rows each."""
+
 _WIDE_TILES = (48, 64, 96, 128, 192, 256)
 _FEW, _MANY = 64, 128
 """Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64). Beyond _MANY 8 warps hold one
 tile each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
 
-_MAX_SLOTS = 8
 _CHUNKS_WANTED = 4.2
 """Chunks of the weight that are worth more than further boxes of x: with 3.8 and 10 boxes 28672 x 8192 takes 117.7 us,
 with 4.3 and 8 boxes 106.9 (H100, 50 %, 64 tokens)."""
@@ -78,8 +80,7 @@ class HopperConfig:
         tokens: columns of the pass, a compile-time constant.
         split: CTAs of a cluster, which share row blocks along k; 1 for ranges of chunks that CTAs share by chance.
         ctas: how many.
-        slots: chunks that may be in shared memory.
-        boxes: chunks whose columns of x may be; 2 at least, and no more than slots.
+        boxes: chunks whose columns of x may be in shared memory, 2 to 8 (kSlots of csrc/sm90.cuh).
         ring_at: where the weight is in shared memory, in bytes.
         ring_nbytes: how much of it.
         shared_nbytes: shared memory in all.
@@ -89,7 +90,6 @@ class HopperConfig:
     tokens: int
     split: int
     ctas: int
-    slots: int
     boxes: int
     ring_at: int
     ring_nbytes: int
@@ -107,7 +107,6 @@ class WideConfig:
         bands: of 16 rows that each of them takes, a compile-time constant.
         passes: over the weight.
         ctas: how many; each takes a range of consecutive chunks.
-        slots: chunks that may be in shared memory.
         boxes: blocks of 64 columns of x likewise; a multiple of the warps along k, and two for each at least.
         ring_at: where the weight is in shared memory, in bytes.
         ring_nbytes: how much of it.
@@ -120,7 +119,6 @@ class WideConfig:
     bands: int
     passes: int
     ctas: int
-    slots: int
     boxes: int
     ring_at: int
     ring_nbytes: int
@@ -173,8 +171,7 @@ class PortableConfig:
 
 
 def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    tiles_at_once = 1 if tile < 16 or (tile >= 32 and warps_k >= 8) else 2  # as in csrc/matmul.cuh
-    return (warps_k - 1) * grid.blocks_m * 2 * tiles_at_once * 512
+    return (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
 
 
 def hopper_config(
@@ -203,7 +200,7 @@ def hopper_config(
         # At 24 and 32 tokens only the kernel without pairs has wgmma, which large matrices gain more from.
         split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
     x_nbytes = grid.blocks_k * tile * 128
-    fixed = _BARRIER_NBYTES + _scratch_nbytes(grid, grid.blocks_k, tile) + (split - 1) * grid.chunk_rows * tile * 4
+    fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
     if boxes is None:
@@ -217,7 +214,6 @@ def hopper_config(
         tokens=tile,
         split=split,
         ctas=ctas,
-        slots=_MAX_SLOTS,
         boxes=boxes,
         ring_at=fixed + boxes * x_nbytes,
         ring_nbytes=ring,
@@ -291,7 +287,6 @@ def wide_config(
         bands=bands,
         passes=passes,
         ctas=min(traits.sm_count, passes * grid.chunks),
-        slots=_MAX_SLOTS,
         boxes=boxes,
         ring_at=fixed + boxes * box,
         ring_nbytes=ring,

@@ -50,10 +50,10 @@ struct BlockDecoder {
     asm volatile("" : "+r"(within_b0), "+r"(within_b1), "+r"(select_even), "+r"(select_odd), "+r"(select_none));
   }
 
-  // Reads a block's header and masks. chunk: shared address of the chunk; block: index in it.
-  __device__ __forceinline__ void load(BlockState& state, u32 chunk, int block, int lane) const {
-    const u32 header = lds_u32(chunk + block * 4);
-    const uint2 masks = lds_v2(chunk + kHeaderBytes + block * 256 + lane * 8);
+  // Reads a block's header and masks. chunk: shared address of the chunk; thread: 32 index of the block in it + lane.
+  __device__ __forceinline__ void load(BlockState& state, u32 chunk, int thread) const {
+    const u32 header = lds_u32(chunk + thread / 32 * 4);
+    const uint2 masks = lds_v2(chunk + kHeaderBytes + thread * 8);
     state.base[0] = chunk + kValuesAt + (header & 0xffffu);
     state.base[1] = chunk + kValuesAt + (header >> 16);
     state.mask[0] = masks.x;

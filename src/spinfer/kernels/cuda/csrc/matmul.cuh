@@ -37,8 +37,8 @@ struct MatmulArgs {
   i32 chunks_k, row_blocks;
   i32 strips;       // passes x row blocks
   i32 each, extra;  // units a CTA; the first `extra` CTAs take one more
-  i32 slots, ring_at, ring, in_flight;  // of the weight, in shared memory
-  i32 boxes;                            // of x, likewise; a multiple of the warps along k (tests/test_cuda_boxes.py)
+  i32 ring_at, ring, in_flight;  // of the weight, in shared memory
+  i32 boxes;                     // of x, likewise; in matmul_wide_sm90.cu a multiple of the warps along k (tests/test_cuda_boxes.py)
 };
 
 struct Range {
@@ -138,17 +138,12 @@ __device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32
   }
 }
 
-// Tiles of 8 tokens that sum_warps adds up at a time: with two at 32 tokens and eight warps along k, its shared memory would cost
-// the ring a chunk.
-__device__ constexpr int tiles_at_once(int warps_k) { return kTiles < 2 || (kTiles >= 4 && warps_k >= 8) ? 1 : 2; }
-__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * tiles_at_once(warps_k) * 512; }
-
 // Adds up the accumulators of the warps along k (kWarpsK of them) through shared memory, in their order, in the warps with
 // warp_k 0. kBandsAWarp bands a warp, from `band` on. All `threads` consumer threads call it.
 template <int kWarpsK, int kBandsAWarp>
 __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
   if constexpr (kWarpsK > 1) {
-    constexpr int kPass = tiles_at_once(kWarpsK);
+    constexpr int kPass = kTiles < 2 ? kTiles : 2;  // 8-token tiles a pass through `scratch`
     auto at = [&](int q, int r, int j) { return scratch + ((((q - 1) * kBands + band + r) * kPass + j) * 32 + lane) * 16; };
 #pragma unroll
     for (int n0 = 0; n0 < kTiles; n0 += kPass) {
@@ -182,6 +177,7 @@ __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], 
     }
   }
 }
+__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * (kTiles < 2 ? kTiles : 2) * 512; }
 
 template <int kBandsAWarp>
 __device__ __forceinline__ void clear(float (&acc)[kBandsAWarp][kTiles][4]) {
@@ -324,6 +320,28 @@ __device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, 
   }
 }
 
+// Whether a range has all of a strip.
+__device__ __forceinline__ bool covers(const MatmulArgs& p, const Range& range, i32 strip) {
+  return range.begin <= strip * p.chunks_k && range.end >= (strip + 1) * p.chunks_k;
+}
+// Whether this CTA is the last to have left its partial of a strip. All consumer threads call it.
+template <int kThreads>
+__device__ __forceinline__ bool last_to_arrive(const MatmulArgs& p, i32 strip, u32 flag, int thread) {
+  const i32 first = strip * p.chunks_k;
+  named_barrier<1>(kThreads);
+  if (thread == 0) {
+    const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
+    u32 before;
+    // Releases what all threads wrote before the barrier, and acquires what the other CTAs released.
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + strip) : "memory");
+    const bool last = before == parts - 1;
+    if (last) p.arrivals[strip] = 0;
+    sts_u32(flag, last);
+  }
+  named_barrier<1>(kThreads);
+  return lds_u32(flag);
+}
+
 // Ends a segment without kSplit: adds up, and writes y or leaves a partial. All consumer threads call it.
 template <int kWarpsK, int kBandsAWarp>
 __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch,
@@ -331,8 +349,7 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
   constexpr int kThreads = kBands / kBandsAWarp * kWarpsK * 32;
   const int thread = (warp_k * (kBands / kBandsAWarp) + band / kBandsAWarp) * 32 + lane;
   const Range range = range_at(p, static_cast<i32>(blockIdx.x));
-  const i32 first = strip * p.chunks_k;
-  const bool whole = range.begin <= first && range.end >= first + p.chunks_k;
+  const bool whole = covers(p, range, strip);
   // With more accumulators the compiler spills; those go by way of a partial even if they are the only one.
   constexpr bool kDirect = kBandsAWarp * kTiles <= 16;
   sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, warp_k, lane, kThreads);
@@ -350,21 +367,11 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
   }
   clear(acc);  // in one place for both, or wgmmas are serialised
   if (kDirect && whole) return;
-  named_barrier<1>(kThreads);
   if (!kDirect && whole) {
+    named_barrier<1>(kThreads);
     reduce_partials<kThreads>(p, strip, scratch, thread);
     named_barrier<1>(kThreads);  // it has been read
     return;
   }
-  if (thread == 0) {
-    const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
-    u32 before;
-    // Releases what all threads wrote before the barrier, and acquires what the other CTAs released.
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + strip) : "memory");
-    const bool last = before == parts - 1;
-    if (last) p.arrivals[strip] = 0;
-    sts_u32(flag, last);
-  }
-  named_barrier<1>(kThreads);
-  if (lds_u32(flag)) reduce_partials<kThreads>(p, strip, scratch, thread);
+  if (last_to_arrive<kThreads>(p, strip, flag, thread)) reduce_partials<kThreads>(p, strip, scratch, thread);
 }

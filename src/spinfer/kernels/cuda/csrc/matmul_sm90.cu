@@ -34,16 +34,17 @@ constexpr u32 kXBytes = kBlocksK * kBoxBytes;     // the columns of one chunk
 
 // Addresses in shared memory, after those of sm90.cuh. All but the ring's are constants from the start: registers are short.
 constexpr u32 kXLanded = kFree;
-constexpr u32 kFlag = kXLanded + 8 * kMaxSlots;
+constexpr u32 kFlag = kXLanded + 8 * kSlots;
 constexpr u32 kReceived = kFlag + 16, kCredit = kReceived + 8;  // with kSplit: barriers of partial sums, see finish_split
 constexpr u32 kScratch = 1024;
-constexpr u32 kPartialSums = kScratch + scratch_bytes(kWarpsK);  // of the other CTAs of the cluster
+constexpr u32 kPartialSums = kScratch + kConsumerWarps * 2 * 512;  // of the other CTAs of the cluster
 constexpr u32 kX = kPartialSums + (kSplit - 1) * kPartialFloats * 4;  // 1024-byte aligned, for the swizzle
 static_assert(kCredit + 8 * kSplit <= kScratch && kX % 1024 == 0);
 
 // Copies the columns of x that go with each chunk of the work. They have slots of their own, no more than the weight has: the
 // columns of chunk i take the place of those of chunk i - boxes when consumers have given that chunk back.
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
+  prefetch_bias(p, work, lane);
   wait_for_predecessor();  // x may be its output
   int box = 0, slot = 0;  // slot: of chunk i - boxes
   u32 parity = 0;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
   for (i32 i = 0; i < work.count; i++) {
     if (i >= p.boxes) {
       mbarrier_wait(start + kEmpty + 8 * slot, parity);
-      if (++slot == p.slots) slot = 0, parity ^= 1;
+      if (++slot == kSlots) slot = 0, parity ^= 1;
     }
     if (lane == 0) mbarrier_expect(start + kXLanded + 8 * box, kXBytes);
     __syncwarp();
@@ -70,9 +71,8 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
 struct Consumer {
   const MatmulArgs& p;
   const u32 start;  // of shared memory
-  const int lane, block, warp_m, warp_k;
-  const u32 x_first;  // shared address of its x in slot 0
-  const u32 x_lane;   // row lane % 8, 16-byte column lane / 8, swizzled
+  const int thread;   // 32 x this warp's block of each chunk + lane
+  const u32 x_first;  // shared address of its x in box 0; without wgmma in row lane % 8, 16-byte column lane / 8, swizzled
   const BlockDecoder decoder;
   float acc[2][kTiles][4];
 #if SPINFER_WGMMA
@@ -83,26 +83,26 @@ struct Consumer {
 #endif
   BlockState state;  // of the block to multiply next
   Note note;         // of the chunk it is in
-  u32 chunk_at;      // its shared address
-  int slot = 0, box = 0;  // of the chunk to open next, and of x of the chunk to multiply next
-  u32 parity = 0, box_parity = 0;
+  u32 turn = 0;  // of the chunk to multiply next; counted up, of the one to open
+  int box = 0;   // of x of the chunk to multiply next
+  u32 box_parity = 0;
 
-  __device__ __forceinline__ Consumer(const MatmulArgs& p, const u32 start, int warp, int lane)
+  __device__ __forceinline__ Consumer(const MatmulArgs& p, const u32 start, int thread)
       : p(p),
         start(start),
-        lane(lane),
-        block(warp),
-        warp_m(warp % kBlocksM),
-        warp_k(warp / kBlocksM),
-        x_first(start + kX + warp / kBlocksM * kBoxBytes),
-        x_lane((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4)),
-        decoder(lane) {
+        thread(thread),
+        x_first(start + kX + block() / kBlocksM * kBoxBytes +
+                (SPINFER_WGMMA ? 0 : (lane() & 7) * 128 + (((lane() >> 3) ^ (lane() & 7)) << 4))),
+        decoder(lane()) {
     clear(acc);
   }
-  // Waits for the chunk in `slot`, and reads the masks of this warp's block in it.
+  __device__ __forceinline__ int lane() const { return thread & 31; }
+  __device__ __forceinline__ int block() const { return thread >> 5; }
+  // Waits for the chunk of `turn`, and reads the masks of this warp's block in it.
   __device__ __forceinline__ void load_chunk(Note& note, BlockState& state, u32 chunk) const {
-    mbarrier_wait(start + kLanded + 8 * slot, parity);
-    decoder.load(state, chunk, block, lane);
+    const u32 slot = turn % kSlots;
+    mbarrier_wait(start + kLanded + 8 * slot, turn / kSlots & 1);
+    decoder.load(state, chunk, thread);
     note = read_note(start + kNotes + 16 * slot);
   }
   __device__ __forceinline__ void multiply(u32 x_block, int s) {
@@ -118,7 +118,7 @@ struct Consumer {
 #else
     if (s % 2 == 0) {
 #pragma unroll
-      for (int n = 0; n < kTiles; n++) bx[n] = ldmatrix_x4((x_block + x_lane + n * 1024) ^ (s ? 64u : 0u));
+      for (int n = 0; n < kTiles; n++) bx[n] = ldmatrix_x4((x_block + n * 1024) ^ (s ? 64u : 0u));
     }
     u32 fragment[2][4];
     decoder.fragments(fragment, state, s);
@@ -133,10 +133,11 @@ struct Consumer {
   // first. With wgmma a chunk is otherwise given back one step into the next, when its last products are complete.
   template <bool kAhead>
   __device__ __forceinline__ void chunk(Note& next) {
-    const u32 empty = start + kEmpty + 8 * slot, next_at = note.next_chunk;
-    const u32 x = x_first + box * kXBytes, x_landed = start + kXLanded + 8 * box, x_parity = box_parity;
+    const u32 empty = start + kEmpty + turn % kSlots * 8, next_at = note.next_chunk;
+    const u32 x = x_first + box * kXBytes;
+    const u32 x_landed = start + kXLanded + 8 * box, x_parity = box_parity;
     BlockState ahead;
-    if (++slot == p.slots) slot = 0, parity ^= 1;
+    turn++;
     if (++box == p.boxes) box = 0, box_parity ^= 1;
 #if SPINFER_WGMMA
     mbarrier_wait(x_landed, x_parity);
@@ -153,7 +154,6 @@ struct Consumer {
 #pragma unroll
     for (int s = SPINFER_WGMMA; s < 4; s++) multiply(x, s);
     if (kAhead) state = ahead;
-    chunk_at = next_at;
 #if SPINFER_WGMMA
     if (kAhead) {
       to_release = empty;
@@ -164,16 +164,45 @@ struct Consumer {
 #endif
     give_back(empty);
 #if SPINFER_WGMMA
-    open_next(next);
+    open_next(next, next_at);
 #endif
   }
   __device__ __forceinline__ void give_back(u32 empty) const {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(empty);
+    if (lane() == 0) mbarrier_arrive(empty);
   }
-  __device__ __forceinline__ void open_next(Note& next) {
-    load_chunk(next, state, chunk_at);
+  __device__ __forceinline__ void open_next(Note& next, u32 chunk) {
+    load_chunk(next, state, chunk);
     decoder.open(state);
+  }
+  // Adds up the accumulators of the warps along k, in their order, 8 tokens at a time through shared memory, and clears them.
+  // Fragment f, of band f % kBands and tile f / kBands, goes to warp f % kConsumerWarps: all warps have a share of what comes next.
+  static constexpr int kFragments = kBands * kTiles, kOwn = (kFragments + kConsumerWarps - 1) / kConsumerWarps;
+  static_assert(kConsumerWarps % kBands == 0);
+  __device__ __forceinline__ void sum_own(float4 (&own)[kOwn]) {
+    const u32 scratch = start + kScratch + lane() * 16;
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      named_barrier<1>(kConsumers);  // `scratch` is free
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float(&c)[4] = acc[r][n];
+        sts_v4(scratch + (block() * 2 + r) * 512, __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]),
+               __float_as_uint(c[3]));
+      }
+      named_barrier<1>(kConsumers);
+      const int band = block() - n * kBands % kConsumerWarps;
+      if (band >= 0 && band < kBands) {
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll (kWarpsK / 2)  // with all at once 24 and 32 tokens spill
+        for (int q = 0; q < kWarpsK; q++) {
+          const uint4 v = lds_v4(scratch + (q * kBands + band) * 512);
+          add(sum, make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)));
+        }
+        own[n * kBands / kConsumerWarps] = sum;
+      }
+    }
+    clear(acc);
   }
   // Ends a segment with kSplit. Segment i belongs to CTA i % kSplit: the others send it their sums, straight into its shared
   // memory, and it adds them in the order of the ranks. `kReceived` completes when all have arrived; `kCredit + 8 r` in the
@@ -184,51 +213,80 @@ struct Consumer {
     constexpr u32 kBytes = kPartialFloats * 4;
     const u32 sums = start + kPartialSums;
     if (segment == 0) cluster_wait();  // the others' barriers are ready
-    sum_warps<kWarpsK>(acc, start + kScratch, warp_m * 2, warp_k, lane, kConsumers);
-    if (warp_k == 0 && rank != owner) {
+    float4 own[kOwn];
+    sum_own(own);
+    if (rank != owner) {
       if (segment >= kSplit) mbarrier_wait(start + kCredit + 8 * owner, round ^ 1);
       const u32 to = in_cta(sums + (rank - (rank > owner)) * kBytes, owner), received = in_cta(start + kReceived, owner);
 #pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int n = 0; n < kTiles; n++)
+      for (int i = 0; i < kOwn; i++) {
+        const int f = i * kConsumerWarps + block();
+        if (f < kFragments)
           asm volatile(
               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                  to + fragment_index(warp_m * 2 + r, n, lane) * 16),
-              "f"(acc[r][n][0]), "f"(acc[r][n][1]), "f"(acc[r][n][2]), "f"(acc[r][n][3]), "r"(received)
+                  to + (f * 32 + lane()) * 16),
+              "f"(own[i].x), "f"(own[i].y), "f"(own[i].z), "f"(own[i].w), "r"(received)
               : "memory");
-    }
-    if (warp_k == 0 && rank == owner) {
-      if (warp_m == 0 && lane == 0) mbarrier_expect(start + kReceived, (kSplit - 1) * kBytes);
+      }
+    } else {
+      if (thread == 0) mbarrier_expect(start + kReceived, (kSplit - 1) * kBytes);
       mbarrier_wait(start + kReceived, round);
 #pragma unroll
-      for (int r = 0; r < 2; r++)
+      for (int i = 0; i < kOwn; i++) {
+        const int f = i * kConsumerWarps + block();
+        if (f >= kFragments) continue;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int n = 0; n < kTiles; n++) {
-          float(&c)[4] = acc[r][n];
-          float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-          for (u32 q = 0; q < kSplit; q++) {
-            float4 v = make_float4(c[0], c[1], c[2], c[3]);
-            if (q != rank) {
-              const uint4 u = lds_v4(sums + (q - (q > rank)) * kBytes + fragment_index(warp_m * 2 + r, n, lane) * 16);
-              v = make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w));
-            }
-            sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+        for (u32 q = 0; q < kSplit; q++) {
+          float4 v = own[i];
+          if (q != rank) {
+            const uint4 u = lds_v4(sums + (q - (q > rank)) * kBytes + (f * 32 + lane()) * 16);
+            v = make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w));
           }
-          c[0] = sum.x, c[1] = sum.y, c[2] = sum.z, c[3] = sum.w;
+          add(sum, v);
         }
-      store(p, acc, strip, warp_m * 2, lane);
+        store_own(strip, f, sum);
+      }
       // Only a CTA that will send again still waits for this.
       __syncwarp();
-      if (strip + static_cast<i32>(gridDim.x) < p.strips && lane < kSplit && lane != rank)
-        mbarrier_arrive_remote(in_cta(start + kCredit + 8 * rank, lane));
+      if (strip + static_cast<i32>(gridDim.x) < p.strips && lane() < kSplit && lane() != rank)
+        mbarrier_arrive_remote(in_cta(start + kCredit + 8 * rank, lane()));
     }
-    clear(acc);
+  }
+  __device__ __forceinline__ void store_own(i32 strip, int f, const float4& sum) const {
+    store_fragment(p, row_block_of(p, strip) * kChunkRows + f % kBands * 16, first_token_of(p, strip) + f / kBands * 8, sum, lane());
+  }
+  // Ends a segment without kSplit.
+  __device__ __forceinline__ void finish_range(i32 strip) {
+    float4 own[kOwn];
+    sum_own(own);
+    const Range range = range_at(p, static_cast<i32>(blockIdx.x));
+    if (!covers(p, range, strip)) {
+#pragma unroll
+      for (int i = 0; i < kOwn; i++) {
+        const int f = i * kConsumerWarps + block();
+        if (f < kFragments) __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]);
+      }
+      if (!last_to_arrive<kConsumers>(p, strip, start + kFlag, thread)) return;
+      const Partials partials(p, strip);
+#pragma unroll
+      for (int i = 0; i < kOwn; i++) {
+        const int f = i * kConsumerWarps + block();
+        if (f >= kFragments) continue;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+        for (int j = 0; j < partials.count; j++) add(sum, __ldcg(partials.of(j) + f * 32 + lane()));
+        own[i] = sum;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+      const int f = i * kConsumerWarps + block();
+      if (f < kFragments) store_own(strip, f, own[i]);
+    }
   }
   __device__ __forceinline__ void run() {
-    chunk_at = start + p.ring_at;
-    open_next(note);
+    open_next(note, start + p.ring_at);
     while (true) {
       Note next;
 #if SPINFER_WGMMA
@@ -247,7 +305,7 @@ struct Consumer {
       }
       chunk<false>(next);  // a range ends with a segment, so this is no end of work
       if (note.flags & kEndOfSegment) finish(note.strip);
-      open_next(next);
+      open_next(next, note.next_chunk);
 #endif
       if (next.flags & kEndOfWork) return;
       note = next;
@@ -258,7 +316,7 @@ struct Consumer {
     if constexpr (kSplit > 1) {
       finish_split(strip);
     } else {
-      finish_segment<kWarpsK>(p, acc, strip, start + kScratch, start + kFlag, warp_m * 2, warp_k, lane);
+      finish_range(strip);
     }
   }
 };
@@ -269,14 +327,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < p.slots; i++) {
+    for (int i = 0; i < kSlots; i++) {
       mbarrier_init(start + kLanded + 8 * i, 1);
       mbarrier_init(start + kEmpty + 8 * i, kConsumerWarps);
     }
     for (int i = 0; i < p.boxes; i++) mbarrier_init(start + kXLanded + 8 * i, 1);
     if constexpr (kSplit > 1) {
       mbarrier_init(start + kReceived, 1);
-      for (int i = 0; i < kSplit; i++) mbarrier_init(start + kCredit + 8 * i, kBlocksM);
+      for (int i = 0; i < kSplit; i++) mbarrier_init(start + kCredit + 8 * i, kConsumerWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -296,6 +354,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     cta_barrier();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
-    Consumer(p, start, warp, lane).run();
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // or the compiler reads it anew in the loop, and takes 6 instructions more a block
+    Consumer(p, start, thread).run();
   }
 }

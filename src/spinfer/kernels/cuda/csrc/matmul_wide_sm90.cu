@@ -41,6 +41,7 @@ static_assert(kFlag + 16 <= kScratch && kX % 1024 == 0);
 
 // Copies the boxes of x that go with each chunk, in the order in which consumers use them: warp_k fastest.
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
+  prefetch_bias(p, work, lane);
   wait_for_predecessor();  // x may be its output
   int slot = 0;
   u32 parity = 1;  // the first pass over the slots finds them empty
@@ -152,7 +153,7 @@ struct Consumer {
     Note note = read_note(start + kNotes + 16 * slot);
     while (true) {
       const u32 empty = start + kEmpty + 8 * slot;
-      if (++slot == p.slots) slot = 0, parity ^= 1;
+      if (++slot == kSlots) slot = 0, parity ^= 1;
 #pragma unroll
       for (int b = 0; b < kBlocksAWarp; b++) {
         // The next chunk is opened ahead unless the segment ends, where registers are short, or there is none yet.
@@ -206,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < p.slots; i++) {
+    for (int i = 0; i < kSlots; i++) {
       mbarrier_init(start + kLanded + 8 * i, 1);
       mbarrier_init(start + kEmpty + 8 * i, kConsumerWarps);
     }

@@ -48,10 +48,10 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // With programmatic dependent launch: returns when the kernels before this one are complete and their writes visible.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-constexpr int kMaxSlots = 8;
+constexpr int kSlots = 8;
 // Shared memory begins with the barriers of each slot, its note, and what a kernel adds from kFree on.
 // A note is {flags, strip, address of the next chunk, -}.
-constexpr u32 kLanded = 0, kEmpty = 8 * kMaxSlots, kNotes = 16 * kMaxSlots, kFree = 32 * kMaxSlots;
+constexpr u32 kLanded = 0, kEmpty = 8 * kSlots, kNotes = 16 * kSlots, kFree = 32 * kSlots;
 
 // Copies the weight's chunks of this CTA's work. All 32 lanes run it; lane 0 issues.
 struct WeightProducer {
@@ -85,12 +85,12 @@ struct WeightProducer {
     mbarrier_wait(start + kEmpty + 8 * release_slot, release_parity);
     tail = __shfl_sync(~0u, slot_end, release_slot);
     held--;
-    if (++release_slot == p.slots) release_slot = 0, release_parity ^= 1;
+    if (++release_slot == kSlots) release_slot = 0, release_parity ^= 1;
   }
   // Waits until the chunk `in_flight` before the next one has landed.
   __device__ __forceinline__ void limit_in_flight() const {
     const int back = slot - p.in_flight;
-    mbarrier_wait(start + kLanded + 8 * (back < 0 ? back + p.slots : back), back < 0 ? parity ^ 1 : parity);
+    mbarrier_wait(start + kLanded + 8 * (back < 0 ? back + kSlots : back), back < 0 ? parity ^ 1 : parity);
   }
   // `from`: the lane that knows of the chunk.
   __device__ __forceinline__ void issue(i32 i, int from) {
@@ -105,9 +105,9 @@ struct WeightProducer {
       at = 0;
       // The skipped end comes free with the chunk before it, or `tail` would lag behind what consumers hold.
       if (held == 0) tail = head;
-      if (lane == (slot ? slot : p.slots) - 1) slot_end = head;
+      if (lane == (slot ? slot : kSlots) - 1) slot_end = head;
     }
-    while (held >= p.slots || head + bytes - tail > static_cast<u32>(p.ring)) wait_released();
+    while (held >= kSlots || head + bytes - tail > static_cast<u32>(p.ring)) wait_released();
     const u32 next_at = at + bytes + following <= static_cast<u32>(p.ring) ? at + bytes : 0;
     // Consumers open a chunk before they give back the one before it; they must not if the ring cannot hold both, or if there
     // is none.
@@ -127,7 +127,7 @@ struct WeightProducer {
     at += bytes;
     head += bytes;
     if (lane == slot) slot_end = head;
-    if (++slot == p.slots) slot = 0, parity ^= 1;
+    if (++slot == kSlots) slot = 0, parity ^= 1;
     held++;
   }
   // The first load_offsets(0) is the caller's: it takes as long as setting up the barriers.
@@ -141,13 +141,21 @@ struct WeightProducer {
       issue(i, from);
     }
     // One more note, of no chunk, says that the work is done.
-    while (held >= p.slots) wait_released();
+    while (held >= kSlots) wait_released();
     if (lane == 0) {
       sts_v4(start + kNotes + 16 * slot, kEndOfWork, 0, 0, 0);
       mbarrier_arrive(start + kLanded + 8 * slot);
     }
   }
 };
+
+// Asks L2 for the bias of the first 32 strips of the work, long before it is added. All 32 lanes call it.
+__device__ __forceinline__ void prefetch_bias(const MatmulArgs& p, const Work& work, int lane) {
+  if (!p.bias || lane * work.k_count >= work.count) return;
+  const i32 row = row_block_of(p, work.at(lane * work.k_count).strip) * kChunkRows;
+  for (i32 m = row; m < min(row + kChunkRows, p.out_features); m += 64)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.bias + m) : "memory");
+}
 
 struct Note {
   u32 flags;
