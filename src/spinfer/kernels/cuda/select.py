@@ -20,9 +20,10 @@ _FEW, _MANY = 64, 128
 """Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64). Beyond _MANY 8 warps hold one
 tile each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
 
-_CHUNKS_WANTED = 4.2
-"""Chunks of the weight that are worth more than further boxes of x: with 3.8 and 10 boxes 28672 x 8192 takes 117.7 us,
-with 4.3 and 8 boxes 106.9 (H100, 50 %, 64 tokens)."""
+_CHUNKS_WANTED, _CHUNKS_LEAST = 4.02, 3.5
+"""Chunks of the weight that are worth more than further boxes of x in csrc/matmul_wide_sm90.cu. On an H100 28672 x 8192
+at 50 % and 64 tokens takes 117.7 us with 3.8 chunks and 10 boxes, 106.9 with 4.3 and 8. Where four do not fit all the
+same, or chunks have 64 rows, fewer boxes cost 3 to 8 %."""
 
 _PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS = 8
@@ -273,8 +274,10 @@ def wide_config(
     warps_k = warps * bands // (2 * grid.blocks_m)
     fixed = _BARRIER_NBYTES + max(_scratch_nbytes(grid, warps_k, tile), warps * _STORE_NBYTES if tile > _FEW else 0)
     room = traits.shared_nbytes - fixed
-    wanted = max(MAX_CHUNK_NBYTES, int(_CHUNKS_WANTED * grid.mean_chunk_nbytes(nnz)))
     if boxes is None:
+        chunk = grid.mean_chunk_nbytes(nnz)
+        four_fit = grid.blocks_m > 2 and room - 4 * box >= _CHUNKS_WANTED * chunk
+        wanted = max(MAX_CHUNK_NBYTES, int((_CHUNKS_WANTED if four_fit else _CHUNKS_LEAST) * chunk))
         # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy
         # before in a box must be one that the same warps have seen land: a barrier tells the last phase alone from
         # this one. With 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).
