@@ -33,8 +33,9 @@ PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 FIDELITY = (RESULTS / "h100" / "pruning_fidelity.json", RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_fidelity.json")
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
-VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_fp8", "_opt_30b", "_qwen2.5_32b")]
+VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")]
 VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
+VLLM_PDL = RESULTS / "h100" / "vllm_pdl.json"
 VLLM_H200 = RESULTS / "h200" / "vllm.json"
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
@@ -147,6 +148,12 @@ def vllm() -> str:
     what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
     text = f"{what}\n\n{vllm_report.speed(result)}\n\n{_vllm_plot()}\n\n{vllm_report.memory(result)}"
     return linked(text, *VLLM)
+
+
+def vllm_pdl() -> str:
+    """The same with programmatic dependent launch between what torch.compile makes."""
+    result = json.loads(VLLM_PDL.read_text())
+    return linked(vllm_report.speed(result), VLLM_PDL)
 
 
 def vllm_h200() -> str:
@@ -358,6 +365,7 @@ BLOCKS = {
     "docs/serving.md": {
         "vllm": vllm,
         "vllm-h200": vllm_h200,
+        "vllm-pdl": vllm_pdl,
         "vllm-step": vllm_step,
         "vllm-first": vllm_first,
         "vllm-70b": vllm_70b,
