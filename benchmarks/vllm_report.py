@@ -13,7 +13,7 @@ MODES = {"bf16": "dense bf16", "fp8": "dense FP8", "sparse": "sparse bf16"}
 
 
 def engines(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The runs that succeeded, by model and mode. Of several runs the first counts, and what only later ones measured."""
+    """The runs that succeeded, by model and mode; of several, the first, and what only later ones measured."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for run in result["runs"]:
         if run.get("rows"):

@@ -1,8 +1,12 @@
-"""A model of how warps along k share boxes of x in csrc/matmul_wide_sm90.cu: which numbers of boxes are safe.
+"""Models of how boxes of x are shared on Hopper: which numbers of boxes are safe.
 
-Boxes are filled in turn, and group g of warps takes the fills g, g + groups, ...; it gives a box back when it has its
-next one. A barrier tells by one bit of its phase whether a fill has landed, so a group that waits for a box whose fill
-before has not landed either takes the phase before that for its own.
+In csrc/matmul_wide_sm90.cu warps along k share them. Boxes are filled in turn, and group g of warps takes the fills g,
+g + groups, ...; it gives a box back when it has its next one. A barrier tells by one bit of its phase whether a fill
+has landed, so a group that waits for a box whose fill before has not landed either takes the phase before that for its
+own.
+
+In csrc/matmul_sm90.cu a box is for a whole chunk, and what tells that it is free is that the weight's slot of that
+chunk has been given back. Slots are reused too, so that barrier must not be two phases on when it is looked at.
 """
 
 from __future__ import annotations
@@ -96,3 +100,94 @@ def test_a_box_each_is_too_few(groups: int) -> None:
 @pytest.mark.parametrize(("boxes", "groups"), [(5, 4), (7, 4), (10, 4), (5, 2), (9, 2)])
 def test_a_number_that_groups_do_not_divide_is_unsafe(boxes: int, groups: int) -> None:
     assert any(wrong for wrong, _ in outcomes(boxes, groups))
+
+
+SLOTS, WARPS, CHUNKS = 8, 3, 64
+
+
+class ChunkBoxes:
+    """One run; filling takes its turn after a while, copies 0.7 us, a chunk 0.5 us of each warp, some much longer."""
+
+    def __init__(self, boxes: int, late: bool, seed: int) -> None:
+        self.boxes, self.late, self.random = boxes, late, random.Random(seed)
+        self.landed, self.given_back = [0] * boxes, [0] * SLOTS
+        self.arrived = [0] * CHUNKS  # warps that have given a chunk back
+        self.next_fill, self.wrong, self.now = 0, 0, 0.0
+        self.chunk_of, self.busy = [0] * WARPS, [False] * WARPS
+        self.filling = False
+        self._events: list[tuple[float, int, str, int]] = []
+        self._numbers = itertools.count()
+
+    def later(self, delay: float, what: str, which: int) -> None:
+        delay += self.random.expovariate(0.3) if self.random.random() < 0.2 else 0.0
+        heapq.heappush(self._events, (self.now + delay, next(self._numbers), what, which))
+
+    def fill(self) -> None:
+        if self.filling or self.next_fill == CHUNKS:
+            return
+        before = self.next_fill - self.boxes
+        if before >= 0:
+            given_back, phase = self.given_back[before % SLOTS], before // SLOTS
+            if given_back % 2 == phase % 2:
+                return
+            self.wrong += given_back <= phase
+        self.filling = True
+        self.later(0.1, "filled", self.next_fill)
+
+    def give_back(self, chunk: int) -> None:
+        if chunk >= 0:
+            self.arrived[chunk] += 1
+            self.given_back[chunk % SLOTS] += self.arrived[chunk] == WARPS
+
+    def start(self, warp: int) -> None:
+        chunk = self.chunk_of[warp]
+        if self.busy[warp] or chunk == CHUNKS:
+            return
+        landed, phase = self.landed[chunk % self.boxes], chunk // self.boxes
+        if landed % 2 == phase % 2:
+            return
+        self.wrong += landed <= phase
+        self.busy[warp] = True
+        self.later(0.5, "multiplied", warp)
+        if self.late:  # with wgmma a chunk is given back one step into the next
+            self.give_back(chunk - 1)
+
+    def run(self) -> tuple[int, bool]:
+        """How often what had not landed, or was not free, was taken for it; whether all chunks were multiplied."""
+        while True:
+            self.fill()
+            for warp in range(WARPS):
+                self.start(warp)
+            self.fill()
+            if not self._events:
+                return self.wrong, all(chunk == CHUNKS for chunk in self.chunk_of)
+            self.now, _, what, which = heapq.heappop(self._events)
+            if what == "filled":
+                self.filling = False
+                self.next_fill += 1
+                self.later(0.7, "landed", which)
+            elif what == "landed":
+                self.landed[which % self.boxes] += 1
+            else:
+                self.busy[which] = False
+                if not self.late:
+                    self.give_back(self.chunk_of[which])
+                self.chunk_of[which] += 1
+
+
+def chunk_outcomes(boxes: int, late: bool) -> list[tuple[int, bool]]:
+    return [ChunkBoxes(boxes, late, seed).run() for seed in range(40)]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("boxes", range(2, SLOTS + 1))
+def test_as_many_boxes_as_slots_are_safe(boxes: int, late: bool) -> None:
+    assert chunk_outcomes(boxes, late) == [(0, True)] * 40
+
+
+def test_one_box_is_too_few_where_chunks_are_given_back_late() -> None:
+    assert not any(finished for _, finished in chunk_outcomes(1, late=True))
+
+
+def test_twice_as_many_boxes_as_slots_are_unsafe() -> None:
+    assert any(wrong or not finished for wrong, finished in chunk_outcomes(2 * SLOTS, late=False))

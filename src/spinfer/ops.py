@@ -44,6 +44,9 @@ def _linear(
 
 
 def _run(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    # As vLLM calls it: what follows takes 4 us of 14.
+    if x.dim() == 2 and x.shape[0] and x.shape[1] == packed.shape[1] and x.stride(1) == 1:
+        return backend_of(packed.layout).linear(x, packed, bias)
     out_shape = (*x.shape[:-1], packed.shape[0])
     x = x.reshape(-1, packed.shape[1])
     if x.shape[0] == 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -13,8 +14,12 @@ from spinfer.errors import CheckpointError, SpinferError
 from spinfer.model import LinearModules, linear_modules
 
 
-def described_model(path: str) -> PreTrainedModel:
+def described_model(path: str, *, buffers: bool = False) -> PreTrainedModel:
     """The causal language model that config.json in a directory describes, on the meta device; loads no weights.
+
+    Args:
+        path: a model directory.
+        buffers: compute them (rotary frequencies and the like).
 
     Raises:
         CheckpointError: no config.json, or no architecture that transformers knows.
@@ -23,7 +28,7 @@ def described_model(path: str) -> PreTrainedModel:
         config: Any = AutoConfig.from_pretrained(path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]

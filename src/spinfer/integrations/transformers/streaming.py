@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spinfer.checkpoint.dense import open_dense
 from spinfer.checkpoint.header import TORCH_DTYPES
 from spinfer.checkpoint.names import find_stored
 from spinfer.errors import CheckpointError
 from spinfer.format.layout import VALUE_DTYPES
+from spinfer.integrations.transformers.models import described_model
 
 
 class StreamedModel:
@@ -38,7 +37,7 @@ class StreamedModel:
         """
         self.directory = directory
         self.config, self.source = open_dense(directory)
-        self.model = _skeleton(directory)
+        self.model = described_model(str(directory), buffers=True).eval()
         self.dtype = torch.float32
         parameters = [*dict(self.model.named_parameters()), *_stored_buffers(self.model)]
         self._known = frozenset(parameters)
@@ -117,21 +116,6 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(device)
-
-
-def _skeleton(directory: Path) -> PreTrainedModel:
-    try:
-        config: Any = AutoConfig.from_pretrained(directory)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{directory}: not a causal language model that transformers knows: {first_line}"
-        ) from error
-    return model.eval()
 
 
 def _stored_buffers(model: PreTrainedModel) -> list[str]:
