@@ -17,11 +17,9 @@ def engines(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for run in result["runs"]:
         if run.get("rows"):
-            modes = found.setdefault(run["model"], {})
-            first = modes.get(run["mode"], run | {"rows": []})
-            known = {(row["input"], row["batch"]) for row in first["rows"]}
-            new = [row for row in run["rows"] if (row["input"], row["batch"]) not in known]
-            modes[run["mode"]] = first | {"rows": [*first["rows"], *new]}
+            rows = found.setdefault(run["model"], {}).setdefault(run["mode"], run | {"rows": []})["rows"]
+            known = {(row["input"], row["batch"]) for row in rows}
+            rows += [row for row in run["rows"] if (row["input"], row["batch"]) not in known]
     return found
 
 

@@ -24,21 +24,37 @@ FILLS = 96
 H100 = DeviceTraits((9, 0), 132, 232448)
 
 
-class Boxes:
-    """One run; copies take 0.7 us, some of them much longer, and a block 0.5 us."""
+class Events:
+    """What happens when, in one run."""
 
-    def __init__(self, boxes: int, groups: int, seed: int) -> None:
-        self.boxes, self.random = boxes, random.Random(seed)
-        self.landed, self.given_back = [0] * boxes, [0] * boxes
-        self.next_fill, self.wrong, self.now = 0, 0, 0.0
-        self.fill_of = list(range(groups))  # that each group works on or waits for
-        self.busy = [False] * groups
-        self.held: list[int | None] = [None] * groups
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
         self._events: list[tuple[float, int, str, int]] = []
         self._numbers = itertools.count()
 
     def later(self, delay: float, what: str, which: int) -> None:
         heapq.heappush(self._events, (self.now + delay, next(self._numbers), what, which))
+
+    def next(self) -> tuple[str, int] | None:
+        """What happens next, and to which; None when nothing will."""
+        if not self._events:
+            return None
+        self.now, _, what, which = heapq.heappop(self._events)
+        return what, which
+
+
+class Boxes(Events):
+    """One run; copies take 0.7 us, some of them much longer, and a block 0.5 us."""
+
+    def __init__(self, boxes: int, groups: int, seed: int) -> None:
+        super().__init__(seed)
+        self.boxes = boxes
+        self.landed, self.given_back = [0] * boxes, [0] * boxes
+        self.next_fill, self.wrong = 0, 0
+        self.fill_of = list(range(groups))  # that each group works on or waits for
+        self.busy = [False] * groups
+        self.held: list[int | None] = [None] * groups
 
     def fill(self) -> None:
         while self.next_fill < FILLS and self.given_back[self.next_fill % self.boxes] >= self.next_fill // self.boxes:
@@ -65,9 +81,10 @@ class Boxes:
         while True:
             for group in groups:
                 self.start(group)
-            if not self._events:
+            event = self.next()
+            if event is None:
                 return self.wrong, all(fill >= FILLS for fill in self.fill_of)
-            self.now, _, what, which = heapq.heappop(self._events)
+            what, which = event
             if what == "landed":
                 self.landed[which] += 1
             elif what == "given back":
@@ -105,22 +122,20 @@ def test_a_number_that_groups_do_not_divide_is_unsafe(boxes: int, groups: int) -
 SLOTS, WARPS, CHUNKS = 8, 3, 64
 
 
-class ChunkBoxes:
+class ChunkBoxes(Events):
     """One run; filling takes its turn after a while, copies 0.7 us, a chunk 0.5 us of each warp, some much longer."""
 
     def __init__(self, boxes: int, late: bool, seed: int) -> None:
-        self.boxes, self.late, self.random = boxes, late, random.Random(seed)
+        super().__init__(seed)
+        self.boxes, self.late = boxes, late
         self.landed, self.given_back = [0] * boxes, [0] * SLOTS
         self.arrived = [0] * CHUNKS  # warps that have given a chunk back
-        self.next_fill, self.wrong, self.now = 0, 0, 0.0
+        self.next_fill, self.wrong = 0, 0
         self.chunk_of, self.busy = [0] * WARPS, [False] * WARPS
         self.filling = False
-        self._events: list[tuple[float, int, str, int]] = []
-        self._numbers = itertools.count()
 
     def later(self, delay: float, what: str, which: int) -> None:
-        delay += self.random.expovariate(0.3) if self.random.random() < 0.2 else 0.0
-        heapq.heappush(self._events, (self.now + delay, next(self._numbers), what, which))
+        super().later(delay + (self.random.expovariate(0.3) if self.random.random() < 0.2 else 0.0), what, which)
 
     def fill(self) -> None:
         if self.filling or self.next_fill == CHUNKS:
@@ -155,13 +170,13 @@ class ChunkBoxes:
     def run(self) -> tuple[int, bool]:
         """How often what had not landed, or was not free, was taken for it; whether all chunks were multiplied."""
         while True:
-            self.fill()
             for warp in range(WARPS):
                 self.start(warp)
             self.fill()
-            if not self._events:
+            event = self.next()
+            if event is None:
                 return self.wrong, all(chunk == CHUNKS for chunk in self.chunk_of)
-            self.now, _, what, which = heapq.heappop(self._events)
+            what, which = event
             if what == "filled":
                 self.filling = False
                 self.next_fill += 1

@@ -44,16 +44,15 @@ def _linear(
 
 
 def _run(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    # As vLLM calls it: what follows takes 4 us of 14.
-    if x.dim() == 2 and x.shape[0] and x.shape[1] == packed.shape[1] and x.stride(1) == 1:
-        return backend_of(packed.layout).linear(x, packed, bias)
-    out_shape = (*x.shape[:-1], packed.shape[0])
-    x = x.reshape(-1, packed.shape[1])
+    out_features, in_features = packed.shape
+    # Not for rows, as vLLM calls it: reshaping both ways takes 4 us of 14.
+    if x.dim() != 2 or x.shape[1] != in_features:
+        return _run(x.reshape(-1, in_features), packed, bias).view(*x.shape[:-1], out_features)
     if x.shape[0] == 0:
-        return x.new_empty(out_shape)
-    if x.stride(-1) != 1:
+        return x.new_empty((0, out_features))
+    if x.stride(1) != 1:
         x = x.contiguous()
-    return backend_of(packed.layout).linear(x, packed, bias).view(out_shape)
+    return backend_of(packed.layout).linear(x, packed, bias)
 
 
 def _linear_input_gradient(

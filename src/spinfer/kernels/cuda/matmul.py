@@ -45,12 +45,12 @@ class FusedPass:
         self._hopper = not isinstance(config, PortableConfig)
         self._device = device
         warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0)
-        if isinstance(config, HopperConfig):
-            warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
-        elif isinstance(config, WideConfig):
-            warps, passes = config.warps + _PRODUCER_WARPS, config.passes
-        if isinstance(config, HopperConfig | WideConfig):
+        if not isinstance(config, PortableConfig):
             memory = (config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
+            if isinstance(config, WideConfig):
+                warps, passes = config.warps + _PRODUCER_WARPS, config.passes
+            else:
+                warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
         self._box_rows = config.tokens
         self._strips = passes * grid.row_blocks
         self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens

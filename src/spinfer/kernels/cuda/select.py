@@ -20,6 +20,9 @@ _FEW, _MANY = 64, 128
 """Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64). Beyond _MANY 8 warps hold one
 tile each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
 
+_IN_FLIGHT = 2
+"""Copies of the weight outstanding at a time; 1 and 3 are slower (docs/kernel.md)."""
+
 _CHUNKS_WANTED, _CHUNKS_LEAST = 4.02, 3.5
 """Chunks of the weight that are worth more than further boxes of x in csrc/matmul_wide_sm90.cu. On an H100 28672 x 8192
 at 50 % and 64 tokens takes 117.7 us with 3.8 chunks and 10 boxes, 106.9 with 4.3 and 8. Where four do not fit all the
@@ -176,14 +179,7 @@ def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
 
 
 def hopper_config(
-    grid: ChunkGrid,
-    nnz: int,
-    tokens: int,
-    traits: DeviceTraits,
-    *,
-    split: int | None = None,
-    boxes: int | None = None,
-    in_flight: int = 2,
+    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None
 ) -> HopperConfig:
     """Configuration of the kernel for 1 to 32 tokens.
 
@@ -193,8 +189,6 @@ def hopper_config(
         tokens: N.
         traits: of the device.
         split: of `HopperConfig`, instead of the choice.
-        boxes: likewise.
-        in_flight: copies of the weight outstanding at a time.
     """
     tile = next(tile for tile in _NARROW_TILES if tile >= tokens)
     if split is None:
@@ -204,22 +198,22 @@ def hopper_config(
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
-    if boxes is None:
-        # On an H100 at 24 and 32 tokens a third box is worth 1 to 4 %, a fourth chunk of the weight 10 to 15 %, a fifth
-        # 1 to 5 %.
-        with_2, with_3 = ((room - count * x_nbytes) // chunk for count in (2, 3))
-        boxes = 2 if with_3 < min(5, with_2) else 3
-    ring = (room - boxes * x_nbytes) // 128 * 128
+    # On an H100 at 24 and 32 tokens a third box is worth 1 to 4 %, a fourth chunk of the weight 10 to 15 %, a fifth
+    # 1 to 5 %.
+    with_2, with_3 = ((room - count * x_nbytes) // chunk for count in (2, 3))
+    boxes = 2 if with_3 < min(5, with_2) else 3
+    ring_at = fixed + boxes * x_nbytes
+    ring = (traits.shared_nbytes - ring_at) // 128 * 128
     ctas = min(traits.sm_count, grid.chunks) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
     return HopperConfig(
         tokens=tile,
         split=split,
         ctas=ctas,
         boxes=boxes,
-        ring_at=fixed + boxes * x_nbytes,
+        ring_at=ring_at,
         ring_nbytes=ring,
-        shared_nbytes=fixed + boxes * x_nbytes + ring,
-        in_flight=in_flight,
+        shared_nbytes=ring_at + ring,
+        in_flight=_IN_FLIGHT,
     )
 
 
@@ -243,16 +237,7 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     return busy >= _SPLIT_LEAST_BUSY and _copies_us(grid, nnz) * (math.sqrt(1 / busy) - 1) < _SPLIT_SAVES_US
 
 
-def wide_config(
-    grid: ChunkGrid,
-    nnz: int,
-    tokens: int,
-    traits: DeviceTraits,
-    *,
-    tile: int | None = None,
-    boxes: int | None = None,
-    in_flight: int = 2,
-) -> WideConfig:
+def wide_config(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> WideConfig:
     """Configuration of the kernel for more tokens.
 
     Args:
@@ -260,29 +245,25 @@ def wide_config(
         nnz: its nonzeros.
         tokens: N.
         traits: of the device.
-        tile: columns of a pass, instead of the choice.
-        boxes: of `WideConfig`, instead of the choice.
-        in_flight: copies of the weight outstanding at a time.
     """
-    if tile is None:
-        tiles = [tile for tile in _WIDE_TILES if tile <= _MANY or grid.blocks_m > 2]
-        each = -(-tokens // -(-tokens // tiles[-1]))
-        tile = next(tile for tile in tiles if tile >= each)
+    tiles = [tile for tile in _WIDE_TILES if tile <= _MANY or grid.blocks_m > 2]
+    each = -(-tokens // -(-tokens // tiles[-1]))
+    tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
     warps = 16 if tile <= _FEW else 8
     bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2
     warps_k = warps * bands // (2 * grid.blocks_m)
     fixed = _BARRIER_NBYTES + max(_scratch_nbytes(grid, warps_k, tile), warps * _STORE_NBYTES if tile > _FEW else 0)
     room = traits.shared_nbytes - fixed
-    if boxes is None:
-        chunk = grid.mean_chunk_nbytes(nnz)
-        four_fit = grid.blocks_m > 2 and room - 4 * box >= _CHUNKS_WANTED * chunk
-        wanted = max(MAX_CHUNK_NBYTES, int((_CHUNKS_WANTED if four_fit else _CHUNKS_LEAST) * chunk))
-        # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy
-        # before in a box must be one that the same warps have seen land: a barrier tells the last phase alone from
-        # this one. With 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).
-        boxes = max(4, 2 * warps_k, min(12, (room - wanted) // box)) // warps_k * warps_k
-    ring = (room - boxes * box) // 128 * 128
+    chunk = grid.mean_chunk_nbytes(nnz)
+    four_fit = grid.blocks_m > 2 and room - 4 * box >= _CHUNKS_WANTED * chunk
+    wanted = max(MAX_CHUNK_NBYTES, int((_CHUNKS_WANTED if four_fit else _CHUNKS_LEAST) * chunk))
+    # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy before
+    # in a box must be one that the same warps have seen land: a barrier tells the last phase alone from this one. With
+    # 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).
+    boxes = max(4, 2 * warps_k, min(12, (room - wanted) // box)) // warps_k * warps_k
+    ring_at = fixed + boxes * box
+    ring = (traits.shared_nbytes - ring_at) // 128 * 128
     passes = -(-tokens // tile)
     return WideConfig(
         tokens=tile,
@@ -291,10 +272,10 @@ def wide_config(
         passes=passes,
         ctas=min(traits.sm_count, passes * grid.chunks),
         boxes=boxes,
-        ring_at=fixed + boxes * box,
+        ring_at=ring_at,
         ring_nbytes=ring,
-        shared_nbytes=fixed + boxes * box + ring,
-        in_flight=in_flight,
+        shared_nbytes=ring_at + ring,
+        in_flight=_IN_FLIGHT,
     )
 
 

@@ -38,6 +38,10 @@ __device__ __forceinline__ uint4 lds_v4(u32 address) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ float4 lds_float4(u32 address) {
+  const uint4 v = lds_v4(address);
+  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+}
 __device__ __forceinline__ void sts_u32(u32 address, u32 v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }

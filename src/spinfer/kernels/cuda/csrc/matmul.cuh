@@ -166,11 +166,11 @@ __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], 
             float(&c)[4] = acc[r][n0 + j];
 #pragma unroll
             for (int q = 1; q < kWarpsK; q++) {
-              const uint4 v = lds_v4(at(q, r, j));
-              c[0] += __uint_as_float(v.x);
-              c[1] += __uint_as_float(v.y);
-              c[2] += __uint_as_float(v.z);
-              c[3] += __uint_as_float(v.w);
+              const float4 v = lds_float4(at(q, r, j));
+              c[0] += v.x;
+              c[1] += v.y;
+              c[2] += v.z;
+              c[3] += v.w;
             }
           }
       }
@@ -294,7 +294,7 @@ __device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, 
     }
   } else {
     constexpr int kVectors = kPartialVectors % kThreads ? 1 : kPartialVectors / kThreads;
-    constexpr int kParts = kThreads <= 256 ? 2 : kTiles <= 2 ? 4 : 1;
+    constexpr int kParts = kThreads <= 256 ? 2 : 1;
 #pragma unroll 1
     for (int i = thread; i < kPartialVectors; i += kVectors * kThreads) {
       float4 sum[kVectors] = {};

@@ -41,8 +41,8 @@ constexpr u32 kPartialSums = kScratch + kConsumerWarps * 2 * 512;  // of the oth
 constexpr u32 kX = kPartialSums + (kSplit - 1) * kPartialFloats * 4;  // 1024-byte aligned, for the swizzle
 static_assert(kCredit + 8 * kSplit <= kScratch && kX % 1024 == 0);
 
-// Copies the columns of x that go with each chunk of the work. They have slots of their own, no more than the weight has: the
-// columns of chunk i take the place of those of chunk i - boxes when consumers have given that chunk back.
+// Copies the columns of x that go with each chunk of the work into boxes, no more of them than the weight has slots: the columns
+// of chunk i take the place of those of chunk i - boxes when consumers have given that chunk back.
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
   prefetch_bias(p, work, lane);
   wait_for_predecessor();  // x may be its output
@@ -195,14 +195,20 @@ struct Consumer {
       if (band >= 0 && band < kBands) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll (kWarpsK / 2)  // with all at once 24 and 32 tokens spill
-        for (int q = 0; q < kWarpsK; q++) {
-          const uint4 v = lds_v4(scratch + (q * kBands + band) * 512);
-          add(sum, make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)));
-        }
+        for (int q = 0; q < kWarpsK; q++) add(sum, lds_float4(scratch + (q * kBands + band) * 512));
         own[n * kBands / kConsumerWarps] = sum;
       }
     }
     clear(acc);
+  }
+  // Calls action(i, f) for own fragment i, which is fragment f of all.
+  template <class Action>
+  __device__ __forceinline__ void each_own(const Action& action) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+      const int f = i * kConsumerWarps + block();
+      if (f < kFragments) action(i, f);
+    }
   }
   // Ends a segment with kSplit. Segment i belongs to CTA i % kSplit: the others send it their sums, straight into its shared
   // memory, and it adds them in the order of the ranks. `kReceived` completes when all have arrived; `kCredit + 8 r` in the
@@ -218,35 +224,23 @@ struct Consumer {
     if (rank != owner) {
       if (segment >= kSplit) mbarrier_wait(start + kCredit + 8 * owner, round ^ 1);
       const u32 to = in_cta(sums + (rank - (rank > owner)) * kBytes, owner), received = in_cta(start + kReceived, owner);
-#pragma unroll
-      for (int i = 0; i < kOwn; i++) {
-        const int f = i * kConsumerWarps + block();
-        if (f < kFragments)
-          asm volatile(
-              "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                  to + (f * 32 + lane()) * 16),
-              "f"(own[i].x), "f"(own[i].y), "f"(own[i].z), "f"(own[i].w), "r"(received)
-              : "memory");
-      }
+      each_own([&](int i, int f) {
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                to + (f * 32 + lane()) * 16),
+            "f"(own[i].x), "f"(own[i].y), "f"(own[i].z), "f"(own[i].w), "r"(received)
+            : "memory");
+      });
     } else {
       if (thread == 0) mbarrier_expect(start + kReceived, (kSplit - 1) * kBytes);
       mbarrier_wait(start + kReceived, round);
-#pragma unroll
-      for (int i = 0; i < kOwn; i++) {
-        const int f = i * kConsumerWarps + block();
-        if (f >= kFragments) continue;
+      each_own([&](int i, int f) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (u32 q = 0; q < kSplit; q++) {
-          float4 v = own[i];
-          if (q != rank) {
-            const uint4 u = lds_v4(sums + (q - (q > rank)) * kBytes + (f * 32 + lane()) * 16);
-            v = make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w));
-          }
-          add(sum, v);
-        }
+        for (u32 q = 0; q < kSplit; q++)
+          add(sum, q == rank ? own[i] : lds_float4(sums + (q - (q > rank)) * kBytes + (f * 32 + lane()) * 16));
         store_own(strip, f, sum);
-      }
+      });
       // Only a CTA that will send again still waits for this.
       __syncwarp();
       if (strip + static_cast<i32>(gridDim.x) < p.strips && lane() < kSplit && lane() != rank)
@@ -262,28 +256,17 @@ struct Consumer {
     sum_own(own);
     const Range range = range_at(p, static_cast<i32>(blockIdx.x));
     if (!covers(p, range, strip)) {
-#pragma unroll
-      for (int i = 0; i < kOwn; i++) {
-        const int f = i * kConsumerWarps + block();
-        if (f < kFragments) __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]);
-      }
+      each_own([&](int i, int f) { __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]); });
       if (!last_to_arrive<kConsumers>(p, strip, start + kFlag, thread)) return;
       const Partials partials(p, strip);
-#pragma unroll
-      for (int i = 0; i < kOwn; i++) {
-        const int f = i * kConsumerWarps + block();
-        if (f >= kFragments) continue;
+      each_own([&](int i, int f) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
         for (int j = 0; j < partials.count; j++) add(sum, __ldcg(partials.of(j) + f * 32 + lane()));
         own[i] = sum;
-      }
+      });
     }
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-      const int f = i * kConsumerWarps + block();
-      if (f < kFragments) store_own(strip, f, own[i]);
-    }
+    each_own([&](int i, int f) { store_own(strip, f, own[i]); });
   }
   __device__ __forceinline__ void run() {
     open_next(note, start + p.ring_at);
