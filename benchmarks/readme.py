@@ -134,8 +134,13 @@ def vllm_in_brief() -> str:
         f"Tokens a second of decoding, and over dense bf16; {result['sparsity']:.0%} sparse, 128 tokens in, "
         f"{result['device']}, vLLM {result['vllm']}:"
     )
+    commits: dict[str, str] = {}
+    for ran in (json.loads(file.read_text()) for file in VLLM):
+        for model in vllm_report.engines(ran):
+            commits.setdefault(model, ran["commit"][:7])
+    code = f"Code: {', '.join(f'{model} {commit}' for model, commit in commits.items())}."
     fp8 = "FP8 is of an earlier call, on another card of the kind."
-    return linked(f"{what}\n\n{vllm_report.in_brief(result, 128)}\n\n{_vllm_plot()}\n\n{fp8}", *VLLM)
+    return linked(f"{what}\n\n{vllm_report.in_brief(result, 128)}\n\n{_vllm_plot()}\n\n{code} {fp8}", *VLLM)
 
 
 def _vllm_plot() -> str:
