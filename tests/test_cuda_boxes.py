@@ -5,8 +5,8 @@ g + groups, ...; it gives a box back when it has its next one. A barrier tells b
 has landed, so a group that waits for a box whose fill before has not landed either takes the phase before that for its
 own.
 
-In csrc/matmul_sm90.cu a box is for a whole chunk, and what tells that it is free is that the weight's slot of that
-chunk has been given back. Slots are reused too, so that barrier must not be two phases on when it is looked at.
+In csrc/matmul_sm90.cu a box is for a whole chunk, and what tells that it has landed, or is free, are barriers of the
+weight's slot of that chunk. Slots are reused too, so those barriers must not be two phases on when they are looked at.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class ChunkBoxes(Events):
     def __init__(self, boxes: int, late: bool, seed: int) -> None:
         super().__init__(seed)
         self.boxes, self.late = boxes, late
-        self.landed, self.given_back = [0] * boxes, [0] * SLOTS
+        self.landed, self.given_back = [0] * SLOTS, [0] * SLOTS
         self.arrived = [0] * CHUNKS  # warps that have given a chunk back
         self.next_fill, self.wrong = 0, 0
         self.chunk_of, self.busy = [0] * WARPS, [False] * WARPS
@@ -158,7 +158,7 @@ class ChunkBoxes(Events):
         chunk = self.chunk_of[warp]
         if self.busy[warp] or chunk == CHUNKS:
             return
-        landed, phase = self.landed[chunk % self.boxes], chunk // self.boxes
+        landed, phase = self.landed[chunk % SLOTS], chunk // SLOTS
         if landed % 2 == phase % 2:
             return
         self.wrong += landed <= phase
@@ -182,7 +182,7 @@ class ChunkBoxes(Events):
                 self.next_fill += 1
                 self.later(0.7, "landed", which)
             elif what == "landed":
-                self.landed[which % self.boxes] += 1
+                self.landed[which % SLOTS] += 1
             else:
                 self.busy[which] = False
                 if not self.late:

@@ -84,7 +84,7 @@ class HopperConfig:
         tokens: columns of the pass, a compile-time constant.
         split: CTAs of a cluster, which share row blocks along k; 1 for ranges of chunks that CTAs share by chance.
         ctas: how many.
-        boxes: chunks whose columns of x may be in shared memory, 2 to 8 (kSlots of csrc/sm90.cuh).
+        boxes: chunks whose columns of x may be in shared memory: 2, 4 or 8 (kSlots of csrc/sm90.cuh).
         ring_at: where the weight is in shared memory, in bytes.
         ring_nbytes: how much of it.
         shared_nbytes: shared memory in all.
@@ -198,10 +198,9 @@ def hopper_config(
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
-    # On an H100 at 24 and 32 tokens a third box is worth 1 to 4 %, a fourth chunk of the weight 10 to 15 %, a fifth
-    # 1 to 5 %.
-    with_2, with_3 = ((room - count * x_nbytes) // chunk for count in (2, 3))
-    boxes = 2 if with_3 < min(5, with_2) else 3
+    # At 24 and 32 tokens further boxes are worth 1 to 4 %, a fourth chunk of the weight 10 to 15 %, a fifth 1 to 5 %.
+    with_2, with_4 = ((room - count * x_nbytes) // chunk for count in (2, 4))
+    boxes = 2 if with_4 < min(5, with_2) else 4
     ring_at = fixed + boxes * x_nbytes
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
     ctas = min(traits.sm_count, grid.chunks) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split

@@ -112,18 +112,21 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const u32 (&a)[4], u
 struct Int4 {
   i32 a, b, c, d;  // rows g, g, g + 8, g + 8; columns 2 t, 2 t + 1, 2 t, 2 t + 1
 };
-// Population count of (A & B), A 16 x 128 bits, B 128 x 8 bits.
-__device__ __forceinline__ Int4 bmma_and_popc(u32 a0, u32 a1, u32 b, Int4 c) {
-  Int4 d;
-  asm volatile(
-      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
-      : "=r"(d.a), "=r"(d.b), "=r"(d.c), "=r"(d.d)
-      : "r"(a0), "r"(a1), "r"(b), "r"(c.a), "r"(c.b), "r"(c.c), "r"(c.d));
+struct Int2 {
+  i32 a, b;  // row g; columns 2 t, 2 t + 1
+};
+// Population count of (A & B), A 8 x 128 bits, B 128 x 8 bits.
+__device__ __forceinline__ Int2 bmma_and_popc(u32 a, u32 b) {
+  Int2 d;
+  asm volatile("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1}, {%2}, {%3}, {%4,%4};"
+               : "=r"(d.a), "=r"(d.b)
+               : "r"(a), "r"(b), "r"(0));
   return d;
 }
+// A unsigned, B signed.
 __device__ __forceinline__ Int4 imma_k16(u32 a0, u32 a1, u32 b, Int4 c) {
   Int4 d;
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
                : "=r"(d.a), "=r"(d.b), "=r"(d.c), "=r"(d.d)
                : "r"(a0), "r"(a1), "r"(b), "r"(c.a), "r"(c.b), "r"(c.c), "r"(c.d));
   return d;

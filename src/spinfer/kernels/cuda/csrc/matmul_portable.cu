@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kTokens > 16 ? 1 : 2) spi
   const int warp_m = warp % kBlocksM, warp_k = warp / kBlocksM;
   const u32 start = smem_address(memory);
   const u32 buffers = start + warp * 2 * kBlockBuffer;
-  const BlockDecoder decoder(lane);
+  const BlockDecoder<false> decoder(lane);
   const Range range = range_at(p, static_cast<i32>(blockIdx.x));
   const i32 blocks = (range.end - range.begin) * kBlocksAWarp;
   auto block_of = [&](i32 i) { return (warp_k * kBlocksAWarp + i % kBlocksAWarp) * kBlocksM + warp_m; };

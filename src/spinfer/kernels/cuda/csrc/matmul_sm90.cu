@@ -33,16 +33,16 @@ constexpr u32 kBoxBytes = kTokens * 128;          // 64 columns of x
 constexpr u32 kXBytes = kBlocksK * kBoxBytes;     // the columns of one chunk
 
 // Addresses in shared memory, after those of sm90.cuh. All but the ring's are constants from the start: registers are short.
-constexpr u32 kXLanded = kFree;
-constexpr u32 kFlag = kXLanded + 8 * kSlots;
+constexpr u32 kXLanded = kFree;  // of each slot
+constexpr u32 kFlag = kXLanded + kSlotStride * kSlots;
 constexpr u32 kReceived = kFlag + 16, kCredit = kReceived + 8;  // with kSplit: barriers of partial sums, see finish_split
 constexpr u32 kScratch = 1024;
 constexpr u32 kPartialSums = kScratch + kConsumerWarps * 2 * 512;  // of the other CTAs of the cluster
 constexpr u32 kX = kPartialSums + (kSplit - 1) * kPartialFloats * 4;  // 1024-byte aligned, for the swizzle
 static_assert(kCredit + 8 * kSplit <= kScratch && kX % 1024 == 0);
 
-// Copies the columns of x that go with each chunk of the work into boxes, no more of them than the weight has slots: the columns
-// of chunk i take the place of those of chunk i - boxes when consumers have given that chunk back.
+// Copies the columns of x that go with each chunk of the work into boxes, as many as a power of two that is no more than the
+// weight's slots: the columns of chunk i take the place of those of chunk i - boxes when consumers have given that chunk back.
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
   prefetch_bias(p, work, lane);
   wait_for_predecessor();  // x may be its output
@@ -51,21 +51,29 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
   i32 chunk_k = work.at(0).k;
   for (i32 i = 0; i < work.count; i++) {
     if (i >= p.boxes) {
-      mbarrier_wait(start + kEmpty + 8 * slot, parity);
+      mbarrier_wait(start + kEmpty + kSlotStride * slot, parity);
       if (++slot == kSlots) slot = 0, parity ^= 1;
     }
-    if (lane == 0) mbarrier_expect(start + kXLanded + 8 * box, kXBytes);
+    const u32 landed = start + kXLanded + i % kSlots * kSlotStride;
+    if (lane == 0) mbarrier_expect(landed, kXBytes);
     __syncwarp();
     if (lane < kBlocksK)
       asm volatile(
           "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
           " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + box * kXBytes + lane * kBoxBytes),
-          "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(start + kXLanded + 8 * box), "l"(kEvictLast)
+          "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(landed), "l"(kEvictLast)
           : "memory");
     if (++chunk_k == work.k_end()) chunk_k = work.k_begin;
     if (++box == p.boxes) box = 0;
   }
 }
+
+// A chunk that has landed, and this warp's block in it.
+struct Opened {
+  BlockState block;
+  Note note;
+  u32 slot, parity;  // address of its barriers, and their phase
+};
 
 // What one warp multiplies: its block of every chunk of the work.
 struct Consumer {
@@ -73,7 +81,7 @@ struct Consumer {
   const u32 start;  // of shared memory
   const int thread;   // 32 x this warp's block of each chunk + lane
   const u32 x_first;  // shared address of its x in box 0; without wgmma in row lane % 8, 16-byte column lane / 8, swizzled
-  const BlockDecoder decoder;
+  const BlockDecoder<kTokens == 8 || kTokens == 24> decoder;
   float acc[2][kTiles][4];
 #if SPINFER_WGMMA
   u32 a[2][2][4];      // fragments of two steps: one being multiplied, one being decoded
@@ -81,11 +89,7 @@ struct Consumer {
 #else
   uint4 bx[kTiles];  // x of 32 columns
 #endif
-  BlockState state;  // of the block to multiply next
-  Note note;         // of the chunk it is in
-  u32 turn = 0;  // of the chunk to multiply next; counted up, of the one to open
-  int box = 0;   // of x of the chunk to multiply next
-  u32 box_parity = 0;
+  u32 turn = 0;  // of the chunk to open next: its number x 2^28, so that the top bit is the phase of its slot's barriers
 
   __device__ __forceinline__ Consumer(const MatmulArgs& p, const u32 start, int thread)
       : p(p),
@@ -98,14 +102,17 @@ struct Consumer {
   }
   __device__ __forceinline__ int lane() const { return thread & 31; }
   __device__ __forceinline__ int block() const { return thread >> 5; }
-  // Waits for the chunk of `turn`, and reads the masks of this warp's block in it.
-  __device__ __forceinline__ void load_chunk(Note& note, BlockState& state, u32 chunk) const {
-    const u32 slot = turn % kSlots;
-    mbarrier_wait(start + kLanded + 8 * slot, turn / kSlots & 1);
-    decoder.load(state, chunk, thread);
-    note = read_note(start + kNotes + 16 * slot);
+  // Waits for the next chunk, and reads the masks of this warp's block in it.
+  __device__ __forceinline__ void load(Opened& next, u32 chunk) {
+    static_assert(kSlots == 8 && kSlotStride == 16);
+    next.slot = (turn >> 24 & 0x70) | start;  // start is a multiple of 1024
+    next.parity = turn >> 31;
+    turn += 1u << 28;
+    mbarrier_wait(next.slot + kLanded, next.parity);
+    decoder.load(next.block, chunk, thread);
+    next.note = read_note(next.slot + kNotes);
   }
-  __device__ __forceinline__ void multiply(u32 x_block, int s) {
+  __device__ __forceinline__ void multiply(BlockState& state, u32 x_block, int s) {
 #if SPINFER_WGMMA
     u32(&fragment)[2][4] = a[s % 2];
     decoder.fragments(fragment, state, s);
@@ -132,28 +139,23 @@ struct Consumer {
   // Multiplies this warp's block of one chunk. With kAhead the next chunk is opened meanwhile; without, this one is given back
   // first. With wgmma a chunk is otherwise given back one step into the next, when its last products are complete.
   template <bool kAhead>
-  __device__ __forceinline__ void chunk(Note& next) {
-    const u32 empty = start + kEmpty + turn % kSlots * 8, next_at = note.next_chunk;
-    const u32 x = x_first + box * kXBytes;
-    const u32 x_landed = start + kXLanded + 8 * box, x_parity = box_parity;
-    BlockState ahead;
-    turn++;
-    if (++box == p.boxes) box = 0, box_parity ^= 1;
+  __device__ __forceinline__ void chunk(Opened& now, Opened& next) {
+    const u32 x = x_first + (now.slot & (p.boxes - 1) * kSlotStride) * (kXBytes / kSlotStride);
+    const u32 empty = now.slot + kEmpty;
 #if SPINFER_WGMMA
-    mbarrier_wait(x_landed, x_parity);
-    multiply(x, 0);
+    mbarrier_wait(now.slot + kXLanded, now.parity);
+    multiply(now.block, x, 0);
     if (to_release) {
       give_back(to_release);
       to_release = 0;
     }
 #endif
-    if (kAhead) load_chunk(next, ahead, next_at);
+    if (kAhead) load(next, now.note.next_chunk);
     // This wait ends a basic block; without that the masks would be loaded, and the next block opened, last of all.
-    mbarrier_wait(x_landed, x_parity);
-    if (kAhead) decoder.open(ahead);
+    mbarrier_wait(now.slot + kXLanded, now.parity);
+    if (kAhead) decoder.open(next.block);
 #pragma unroll
-    for (int s = SPINFER_WGMMA; s < 4; s++) multiply(x, s);
-    if (kAhead) state = ahead;
+    for (int s = SPINFER_WGMMA; s < 4; s++) multiply(now.block, x, s);
 #if SPINFER_WGMMA
     if (kAhead) {
       to_release = empty;
@@ -164,16 +166,16 @@ struct Consumer {
 #endif
     give_back(empty);
 #if SPINFER_WGMMA
-    open_next(next, next_at);
+    open(next, now.note.next_chunk);
 #endif
   }
   __device__ __forceinline__ void give_back(u32 empty) const {
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(empty);
   }
-  __device__ __forceinline__ void open_next(Note& next, u32 chunk) {
-    load_chunk(next, state, chunk);
-    decoder.open(state);
+  __device__ __forceinline__ void open(Opened& next, u32 chunk) {
+    load(next, chunk);
+    decoder.open(next.block);
   }
   // Adds up the accumulators of the warps along k, in their order, 8 tokens at a time through shared memory, and clears them.
   // Fragment f, of band f % kBands and tile f / kBands, goes to warp f % kConsumerWarps: all warps have a share of what comes next.
@@ -269,29 +271,30 @@ struct Consumer {
     each_own([&](int i, int f) { store_own(strip, f, own[i]); });
   }
   __device__ __forceinline__ void run() {
-    open_next(note, start + p.ring_at);
+    Opened now;
+    open(now, start + p.ring_at);
     while (true) {
-      Note next;
+      Opened next;
 #if SPINFER_WGMMA
       // An inner loop as below would make the compiler move fragments between registers and serialise the wgmmas.
-      if (note.flags & kReleaseFirst) {
-        chunk<false>(next);
+      if (now.note.flags & kReleaseFirst) {
+        chunk<false>(now, next);
       } else {
-        chunk<true>(next);
+        chunk<true>(now, next);
       }
-      if (note.flags & kEndOfSegment) wgmma_wait<0>();
-      if (note.flags & kEndOfSegment) finish(note.strip);
+      if (now.note.flags & kEndOfSegment) wgmma_wait<0>();
+      if (now.note.flags & kEndOfSegment) finish(now.note.strip);
 #else
-      while (note.flags == 0) {
-        chunk<true>(next);
-        note = next;
+      while (now.note.flags == 0) {
+        chunk<true>(now, next);
+        now = next;
       }
-      chunk<false>(next);  // a range ends with a segment, so this is no end of work
-      if (note.flags & kEndOfSegment) finish(note.strip);
-      open_next(next, note.next_chunk);
+      chunk<false>(now, next);  // a range ends with a segment, so this is no end of work
+      if (now.note.flags & kEndOfSegment) finish(now.note.strip);
+      open(next, now.note.next_chunk);
 #endif
-      if (next.flags & kEndOfWork) return;
-      note = next;
+      if (next.note.flags & kEndOfWork) return;
+      now = next;
     }
   }
   __device__ __forceinline__ void finish(i32 strip) {
@@ -311,10 +314,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; i++) {
-      mbarrier_init(start + kLanded + 8 * i, 1);
-      mbarrier_init(start + kEmpty + 8 * i, kConsumerWarps);
+      mbarrier_init(start + kLanded + kSlotStride * i, 1);
+      mbarrier_init(start + kEmpty + kSlotStride * i, kConsumerWarps);
+      mbarrier_init(start + kXLanded + kSlotStride * i, 1);
     }
-    for (int i = 0; i < p.boxes; i++) mbarrier_init(start + kXLanded + 8 * i, 1);
     if constexpr (kSplit > 1) {
       mbarrier_init(start + kReceived, 1);
       for (int i = 0; i < kSplit; i++) mbarrier_init(start + kCredit + 8 * i, kConsumerWarps);

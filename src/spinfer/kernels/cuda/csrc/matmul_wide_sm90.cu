@@ -150,9 +150,9 @@ struct Consumer {
     u32 chunk = start + p.ring_at;
     mbarrier_wait(start + kLanded, 0);
     open_now(chunk);
-    Note note = read_note(start + kNotes + 16 * slot);
+    Note note = read_note(start + kNotes + kSlotStride * slot);
     while (true) {
-      const u32 empty = start + kEmpty + 8 * slot;
+      const u32 empty = start + kEmpty + kSlotStride * slot;
       if (++slot == kSlots) slot = 0, parity ^= 1;
 #pragma unroll
       for (int b = 0; b < kBlocksAWarp; b++) {
@@ -162,7 +162,7 @@ struct Consumer {
         mbarrier_wait(start + kBoxLanded + 8 * box, box_parity);
         multiply(descriptor, 0);
         block.gather(raw, 1);
-        if (b + 1 == kBlocksAWarp && there) mbarrier_wait(start + kLanded + 8 * slot, parity);
+        if (b + 1 == kBlocksAWarp && there) mbarrier_wait(start + kLanded + kSlotStride * slot, parity);
         load_next(b + 1 < kBlocksAWarp ? chunk : note.next_chunk, block_at((b + 1) % kBlocksAWarp), there);
         wgmma_wait<1>();  // all of the block before
         give_back();
@@ -191,12 +191,12 @@ struct Consumer {
           wait_for_predecessor();  // it may still use the partials, or read y
           finish_segment<kWarpsK>(p, acc, note.strip, start + kScratch, start + kFlag, warp_m * kBandsAWarp, warp_k, lane);
         }
-        mbarrier_wait(start + kLanded + 8 * slot, parity);
-        if (read_note(start + kNotes + 16 * slot).flags & kEndOfWork) return;
+        mbarrier_wait(start + kLanded + kSlotStride * slot, parity);
+        if (read_note(start + kNotes + kSlotStride * slot).flags & kEndOfWork) return;
         open_now(note.next_chunk);
       }
       chunk = note.next_chunk;
-      note = read_note(start + kNotes + 16 * slot);
+      note = read_note(start + kNotes + kSlotStride * slot);
     }
   }
 };
@@ -208,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; i++) {
-      mbarrier_init(start + kLanded + 8 * i, 1);
-      mbarrier_init(start + kEmpty + 8 * i, kConsumerWarps);
+      mbarrier_init(start + kLanded + kSlotStride * i, 1);
+      mbarrier_init(start + kEmpty + kSlotStride * i, kConsumerWarps);
     }
     for (int i = 0; i < p.boxes; i++) {
       mbarrier_init(start + kBoxLanded + 8 * i, 1);

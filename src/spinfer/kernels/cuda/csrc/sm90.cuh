@@ -49,9 +49,9 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 constexpr int kSlots = 8;
-// Shared memory begins with the barriers of each slot, its note, and what a kernel adds from kFree on.
-// A note is {flags, strip, address of the next chunk, -}.
-constexpr u32 kLanded = 0, kEmpty = 8 * kSlots, kNotes = 16 * kSlots, kFree = 32 * kSlots;
+// Shared memory begins with the barriers of each slot, its note, and what a kernel adds from kFree on. Everything of slot s is
+// kSlotStride s further on. A note is {flags, strip, address of the next chunk, -}.
+constexpr u32 kSlotStride = 16, kLanded = 0, kEmpty = 8, kNotes = kSlotStride * kSlots, kFree = 2 * kNotes;
 
 // Copies the weight's chunks of this CTA's work. All 32 lanes run it; lane 0 issues.
 struct WeightProducer {
@@ -82,7 +82,7 @@ struct WeightProducer {
     return static_cast<u32>(__shfl_sync(~0u, offset_next - offset, from)) * kOffsetUnit;
   }
   __device__ __forceinline__ void wait_released() {
-    mbarrier_wait(start + kEmpty + 8 * release_slot, release_parity);
+    mbarrier_wait(start + kEmpty + kSlotStride * release_slot, release_parity);
     tail = __shfl_sync(~0u, slot_end, release_slot);
     held--;
     if (++release_slot == kSlots) release_slot = 0, release_parity ^= 1;
@@ -90,7 +90,7 @@ struct WeightProducer {
   // Waits until the chunk `in_flight` before the next one has landed.
   __device__ __forceinline__ void limit_in_flight() const {
     const int back = slot - p.in_flight;
-    mbarrier_wait(start + kLanded + 8 * (back < 0 ? back + kSlots : back), back < 0 ? parity ^ 1 : parity);
+    mbarrier_wait(start + kLanded + kSlotStride * (back < 0 ? back + kSlots : back), back < 0 ? parity ^ 1 : parity);
   }
   // `from`: the lane that knows of the chunk.
   __device__ __forceinline__ void issue(i32 i, int from) {
@@ -113,14 +113,14 @@ struct WeightProducer {
     // is none.
     const bool both_fit = (next_at || following <= at) && i + 1 < work.count;
     if (lane == 0) {
-      sts_v4(start + kNotes + 16 * slot, of_strip >> 31 | (both_fit ? 0 : kReleaseFirst), of_strip & 0x7fffffffu, ring() + next_at,
+      sts_v4(start + kNotes + kSlotStride * slot, of_strip >> 31 | (both_fit ? 0 : kReleaseFirst), of_strip & 0x7fffffffu, ring() + next_at,
              0);
       static_assert(kEndOfSegment == 1);
-      mbarrier_expect(start + kLanded + 8 * slot, bytes);
+      mbarrier_expect(start + kLanded + kSlotStride * slot, bytes);
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
               ring() + at),
-          "l"(p.weight + static_cast<i64>(begin) * kOffsetUnit), "r"(bytes), "r"(start + kLanded + 8 * slot), "l"(kEvictFirst)
+          "l"(p.weight + static_cast<i64>(begin) * kOffsetUnit), "r"(bytes), "r"(start + kLanded + kSlotStride * slot), "l"(kEvictFirst)
           : "memory");
     }
     __syncwarp();
@@ -143,8 +143,8 @@ struct WeightProducer {
     // One more note, of no chunk, says that the work is done.
     while (held >= kSlots) wait_released();
     if (lane == 0) {
-      sts_v4(start + kNotes + 16 * slot, kEndOfWork, 0, 0, 0);
-      mbarrier_arrive(start + kLanded + 8 * slot);
+      sts_v4(start + kNotes + kSlotStride * slot, kEndOfWork, 0, 0, 0);
+      mbarrier_arrive(start + kLanded + kSlotStride * slot);
     }
   }
 };

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(co
   extern __shared__ __align__(128) u8 memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const u32 buffers = smem_address(memory) + warp * kWarpBytes, tile = buffers + 2 * kBlockBuffer;
-  const BlockDecoder decoder(lane);
+  const BlockDecoder<false> decoder(lane);
   const bool wide = (p.dense_stride & 7) == 0 && (reinterpret_cast<u64>(p.dense) & 15) == 0;
   const i64 blocks = static_cast<i64>(p.chunk_count) * kBlocks, step = static_cast<i64>(gridDim.x) * kWarps;
   const i64 begin = static_cast<i64>(blockIdx.x) * kWarps + warp;
