@@ -23,6 +23,10 @@ from spinfer.bench.kernel_timing import Call, GraphTimer, Timer, cold_copies
 from spinfer.errors import SpinferError
 from spinfer.format import encode
 from spinfer.kernels import PackedWeight, pack
+from spinfer.kernels.cuda.layout import ChunkGrid
+from spinfer.kernels.cuda.matmul import FusedPass
+from spinfer.kernels.cuda.runtime import device_traits
+from spinfer.kernels.cuda.select import portable_config
 from spinfer.ops import linear
 
 _FP8_MULTIPLE = 16
@@ -43,6 +47,7 @@ class ShapeBench:
         timer: how; by default CUDA graphs.
         fp8: whether to time cuBLAS FP8 too (torch._scaled_mm, e4m3, fast accumulation, one scale a tensor, fp16 or bf16
             out), where both sides are multiples of 16; once for each number of tokens, x padded to a multiple of 16.
+        portable: whether to time the kernel for GPUs other than Hopper too, up to 32 tokens.
     """
 
     def __init__(
@@ -54,10 +59,12 @@ class ShapeBench:
         device: torch.device | str = "cuda",
         timer: Timer | None = None,
         fp8: bool = False,
+        portable: bool = False,
     ) -> None:
         self.m, self.k, self.dtype = m, k, dtype
         self._device = torch.device(device)
         self._timer = GraphTimer() if timer is None else timer
+        self._wants_portable = portable
         self._wants_fp8 = fp8 and m % _FP8_MULTIPLE == 0 and k % _FP8_MULTIPLE == 0
         weight = torch.empty(m, k, dtype=dtype, device=self._device)
         self._dense = [weight, *(torch.empty_like(weight) for _ in range(cold_copies(weight.nbytes) - 1))]
@@ -111,16 +118,19 @@ class ShapeBench:
         Returns:
             m, k, n, dtype, sparsity, mask, density; `us`, `dense_us` (microseconds of a call), with `spread` and
             `dense_spread`; `speedup` = dense_us / us; `fp8_us` (None where it was not timed, with the reason in
-            `fp8_error` if it failed); with a twin `random_us`; `nbytes` of the packed weight and `ideal_nbytes` =
-            2 nnz + M K / 8; `byte_limit`, the speed-up if both ran at the speed of memory; `error`, the relative error
-            of the result against float64 on a sample of rows and tokens (Frobenius norms).
+            `fp8_error` if it failed); with a twin `random_us`; `portable_us` where it was asked for; `nbytes` of the
+            packed weight and `ideal_nbytes` = 2 nnz + M K / 8; `byte_limit`, the speed-up if both ran at the speed of
+            memory; `error`, the relative error of the result against float64 on a sample of rows and tokens (Frobenius
+            norms).
         """
         x = self._tokens(n)
         error = self._error(x)
         kinds = [self._prepare(self._sparse, x), self._baseline(n, x)]
         if self._twin:
             kinds.append(self._prepare(self._twin, x))
-        ours, dense, *twins = self._timer.interleaved(kinds)
+        if self._wants_portable:
+            kinds.append(self._portable(x))
+        ours, dense, *others = self._timer.interleaved(kinds)
         row = {
             "m": self.m,
             "k": self.k,
@@ -134,8 +144,10 @@ class ShapeBench:
             "speedup": dense.us / ours.us,
             "error": error,
         }
-        if twins:
-            row["random_us"] = twins[0].us
+        if self._twin:
+            row["random_us"] = others.pop(0).us
+        if self._wants_portable:
+            row["portable_us"] = others.pop(0).us
         if self._wants_fp8:
             found = self._fp8_us(n, x)
             row["fp8_us"] = None if isinstance(found, str) else found
@@ -150,6 +162,18 @@ class ShapeBench:
 
     def _prepare(self, weights: Sequence[PackedWeight], x: Tensor) -> Any:
         return self._timer.prepare([functools.partial(linear, x, weight) for weight in weights])
+
+    def _portable(self, x: Tensor) -> Any:
+        grid = ChunkGrid.of(self.m, self.k)
+        config = portable_config(grid, x.shape[0], device_traits(x.device.index))
+        run = FusedPass(grid, config, self.dtype, x.device)
+        y = torch.empty(x.shape[0], self.m, dtype=self.dtype, device=self._device)
+
+        def call(weight: PackedWeight) -> None:
+            chunks, offsets = weight.parts
+            run(x, chunks, offsets, None, y)
+
+        return self._timer.prepare([functools.partial(call, weight) for weight in self._sparse])
 
     def _baseline(self, n: int, x: Tensor) -> Any:
         if n not in self._baselines:

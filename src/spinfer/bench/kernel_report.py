@@ -53,7 +53,7 @@ class Sweep:
         return str(self.environment["device"])
 
     def of(self, *sets: str, **wanted: Any) -> list[Row]:
-        """Rows of some sets ("grid", "models", "masks", "bfloat16") with these values."""
+        """Rows of some sets ("grid", "models", "masks", "bfloat16", "portable") with these values."""
         return [
             row
             for row in self.rows
@@ -125,6 +125,21 @@ def _fp8(sweep: Sweep) -> str:
     """Ours at 60 % against cuBLAS FP8."""
     rows = [row | {"speedup": row["fp8_us"] / row["us"]} for row in sweep.of("grid", sparsity=0.6) if row.get("fp8_us")]
     return speedups_over_tokens(rows, sorted({row["n"] for row in rows}), "cuBLAS FP8 us / ours")
+
+
+def _portable(sweep: Sweep) -> str:
+    """The kernel for other GPUs, on this one."""
+    lines = [
+        [
+            f"{row['m']} x {row['k']}",
+            str(row["n"]),
+            f"{row['portable_us']:.1f}",
+            f"{row['dense_us'] / row['portable_us']:.2f}x",
+            f"{row['us'] / row['portable_us']:.2f}x",
+        ]
+        for row in sweep.of("portable")
+    ]
+    return markdown(["M x K", "N", "us", "over cuBLAS", "over the kernel chosen here"], lines)
 
 
 def _masks(sweep: Sweep) -> str:
@@ -199,6 +214,8 @@ def report(sweep: Sweep) -> str:
             parts += [f"## {title}", speedups_over_tokens(rows, sorted({row["n"] for row in rows}), "M x K")]
     if any(row.get("fp8_us") for row in sweep.rows):
         parts += ["## Against cuBLAS FP8, dense, 60 %", _fp8(sweep)]
+    if sweep.of("portable"):
+        parts += ["## The portable kernel on this GPU, 60 %", _portable(sweep)]
     if sweep.of("masks") and all("random_us" in row for row in sweep.of("masks")):
         parts += ["## Masks, against random zeros of the same density", _masks(sweep)]
     if sweep.overheads:

@@ -52,7 +52,7 @@ class Group:
     """Cases that share a shape.
 
     Attributes:
-        name: "grid", "models", "masks" or "bfloat16".
+        name: "grid", "models", "masks", "bfloat16" or "portable".
         shape: (M, K).
         tokens: N.
         sparsities: shares of zeros.
@@ -99,6 +99,7 @@ def plan(*, real_sparsities: Sequence[float] = (), quick: bool = False) -> list[
             groups.append(Group("masks", shape, (1, 16), tuple(real_sparsities), ("wanda",)))
     groups += [Group("models", shape, (1, 16, 64, 512), (0.6,), fp8=True) for shape in _model_shapes()]
     groups += [Group("bfloat16", shape, (1, 16, 64, 512), (0.6,), dtype=torch.bfloat16) for shape in SHAPES[::5]]
+    groups += [Group("portable", shape, (1, 8, 16, 32), (0.6,)) for shape in SHAPES[::5]]
     groups += [Group("grid", shape, TOKENS, (0.4, 0.3, 0.8)) for shape in SHAPES]
     return groups
 
@@ -209,7 +210,7 @@ def sweep(results: Results, groups: Sequence[Group], *, real: RealMask | None, b
             break
         with results.recording(str(group.shape)):
             torch.cuda.empty_cache()
-            bench = ShapeBench(*group.shape, dtype=group.dtype, fp8=group.fp8)
+            bench = ShapeBench(*group.shape, dtype=group.dtype, fp8=group.fp8, portable=group.name == "portable")
             run_group(group, bench, results, real=real, budget_s=budget_s, report=_print_row)
         bench = None  # its memory, before the next one asks for more
 

@@ -57,8 +57,8 @@ _BARRIER_NBYTES = 1024
 _STORE_NBYTES = 1024
 """What a warp of csrc/matmul_wide_sm90.cu writes y by way of: kStoreBytes."""
 
-_BYTES_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 2.4, 0.45, 40.0
-"""Of an H100; see _split_pays and hopper_config."""
+_BYTES_A_US, _WEIGHTS_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 5.0e6, 2.4, 0.45, 40.0
+"""Of an H100, and for what it decodes of an H200 too; see _split_pays and hopper_config."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +198,9 @@ def hopper_config(
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
-    # At 24 and 32 tokens further boxes are worth 1 to 4 %, a fourth chunk of the weight 10 to 15 %, a fifth 1 to 5 %.
-    with_2, with_4 = ((room - count * x_nbytes) // chunk for count in (2, 4))
-    boxes = 2 if with_4 < min(5, with_2) else 4
+    # Two more boxes are worth 1 to 4 % where five chunks of the weight still fit; where four do not, they cost up to
+    # 20 %.
+    boxes = 4 if room - 4 * x_nbytes >= 5 * chunk else 2
     ring_at = fixed + boxes * x_nbytes
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
     ctas = min(traits.sm_count, grid.chunks) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
@@ -225,15 +225,17 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs that share row blocks are faster than ranges of chunks.
 
     Measured on an H100: a pair saves 2.4 us of adding up. Where row blocks do not go round evenly, the time of the
-    copies grows with the inverse root of the share of busy CTAs (28.2 us instead of 23.4 with half of them idle); with
-    fewer than half, decoding decides.
+    copies grows with the inverse root of the share of busy CTAs (28.2 us instead of 23.4 with half of them idle), and
+    that of decoding with the inverse itself (28672 x 4096 at 80 %, on an H200: 33 us with pairs, 31 at 60 % without).
     """
     clusters = traits.sm_count // 2
     if grid.chunks_k < 2 or clusters == 0:
         return False
     rounds = -(-grid.row_blocks // clusters)
     busy: float = grid.row_blocks / (rounds * clusters)
-    return busy >= _SPLIT_LEAST_BUSY and _copies_us(grid, nnz) * (math.sqrt(1 / busy) - 1) < _SPLIT_SAVES_US
+    copies, decoding = _copies_us(grid, nnz), grid.out_features * grid.in_features / _WEIGHTS_A_US
+    lost = max(copies / math.sqrt(busy), decoding / busy) - max(copies, decoding)
+    return busy >= _SPLIT_LEAST_BUSY and lost < _SPLIT_SAVES_US
 
 
 def wide_config(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> WideConfig:
