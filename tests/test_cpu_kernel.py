@@ -180,6 +180,21 @@ def test_strided_x(backend: CpuBackend) -> None:
     assert_close(spinfer.linear(turned, packed), turned, weight)
 
 
+@pytest.mark.parametrize("columns", [32, 96, 576])
+def test_x_wherever_it_lies(backend: CpuBackend, columns: int) -> None:
+    """Rows of whole cache lines may be read in place, others are copied; what lies around them is not read."""
+    weight = sparse((80, columns), torch.bfloat16)
+    packed = backend.pack(encode(weight))
+    for tokens in (2, 16, 17, 33, 100, 225, 530):
+        x = torch.randn(tokens, columns).bfloat16()
+        y = backend.linear(x, packed, None)
+        assert_close(y, x, weight)
+        for first in (0, 32, 5):
+            around = torch.full((tokens + 20, columns + 64), torch.nan).bfloat16()
+            inside = around[:tokens, first : first + columns].copy_(x)
+            assert torch.equal(backend.linear(inside, packed, None), y), (tokens, first)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_loses_nothing(backend: CpuBackend, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (64, 64), (65, 63), (200, 1000), (31, 129)):

@@ -113,10 +113,12 @@ int linear(const Tier& tier, Pass pass, int64_t tokens, int threads) {
     job.pass.x = static_cast<const char*>(pass.x) + token * pass.x_stride * x_size;
     job.pass.y = static_cast<char*>(pass.y) + token * w.out_features * x_size;
     job.pass.tokens = tokens - token < pass_tokens ? tokens - token : pass_tokens;
-    const bool much = job.pass.tokens * w.in_features > (1 << 15);
-    const int64_t part = (job.pass.tokens + 4 * threads - 1) / (4 * threads);
-    parallel_for(much ? threads : 1, job.pass.tokens, much ? part : job.pass.tokens,
-                 [&](int64_t first, int64_t last) { tier.prepare(job.pass, first, last); });
+    const int64_t from = tier.first_to_prepare ? tier.first_to_prepare(job.pass) : 0;
+    const int64_t rows = job.pass.tokens - from;
+    const bool much = rows * w.in_features > (1 << 15);
+    if (rows)
+      parallel_for(much ? threads : 1, rows, much ? (rows + 4 * threads - 1) / (4 * threads) : rows,
+                   [&](int64_t first, int64_t last) { tier.prepare(job.pass, from + first, from + last); });
     job.next.store(0, std::memory_order_relaxed);
     on_threads<Job>(threads, job, work);
   }

@@ -63,6 +63,8 @@ struct Tier {
   PackPanel32 pack_panel32;
   // The tier that is faster with these types and so many tokens, if it is not this one.
   const Tier* (*instead)(int type, int x_type, int64_t tokens) = nullptr;
+  // The first row of work_x to fill, if not all are needed.
+  int64_t (*first_to_prepare)(const Pass& pass) = nullptr;
   // Tokens of one pass; bounds the workspace.
   int64_t pass_tokens = 128;
 };

@@ -89,6 +89,8 @@ void write_panels(const Pass& pass, int64_t first, int64_t last, float* totals, 
         for (int64_t r = 0; r < kPanelRows; ++r) sum[r] += bias[panel * kPanelRows + r];
       }
       char* to = y + panel * kPanelRows * y_size;
+      // The line of a later token, which no hardware guesses: 2 to 6 % of 128 to 512 tokens of 3072 x 576 with AMX.
+      for (int64_t line = 0; line < kPanelRows * y_size; line += 64) __builtin_prefetch(to + 8 * w.out_features * y_size + line, 1);
       const int64_t n = rows - panel * kPanelRows;
       Impl::store(to, sum, pass.x_type, lesser(n, kPanelRows));
     }

@@ -24,6 +24,8 @@ constexpr int64_t kTileNbytes = 1024;
 // not (87 against 86; 809 against 730).
 constexpr int64_t kFewestTokens = 2;
 
+constexpr int64_t kMostChunkTiles = 9;
+
 // Tokens are cut into tiles of the same size, because a tile takes time for each of its rows.
 struct TokenTiles {
   int64_t count, rows;
@@ -34,24 +36,26 @@ struct TokenTiles {
   int64_t tokens() const { return count * rows; }
   // Two tiles of sums by two stay in registers for all of a panel.
   bool one_group() const { return count <= 2; }
-  // Tiles of weights to a chunk, measured at 4096 x 4096: 8 instead of 4 costs 10 to 34 % with one group, whose sums are
-  // never stored in between; 4 instead of 8 costs 7 to 9 % with more.
-  int64_t chunk_tiles() const { return one_group() ? 4 : 8; }
+  // Most tiles of weights to a chunk, of `tiles`. Measured at 4096 x 4096: 8 instead of 4 costs 10 to 34 % with one group,
+  // whose sums are never stored in between; 4 instead of 8 costs 7 to 9 % with more. 576 columns are two of 9, not three of 6:
+  // sums are fetched once less, 4 to 6 % at 512 tokens.
+  int64_t most_chunk_tiles(int64_t tiles) const { return one_group() ? 4 : tiles <= 2 * kMostChunkTiles ? kMostChunkTiles : 8; }
 };
 
-constexpr int64_t kMostChunkTiles = 8;
 constexpr int64_t kHalfNbytes = kMostChunkTiles * kTileNbytes;
 
-// Where the chunks of a weight lie.
+// Where the chunks of a weight lie: all of the same size, but what the last one lacks.
 struct Chunks {
-  int64_t pairs;        // of a row
-  int64_t chunk_pairs;  // of all chunks but the last
+  int64_t pairs;  // of a row
   int64_t count;
+  int64_t chunk_pairs;  // of all chunks but the last
 
-  Chunks(const Weight& w, const TokenTiles& tokens)
-      : pairs(w.pairs()),
-        chunk_pairs(tokens.chunk_tiles() * kTilePairs),
-        count((pairs + chunk_pairs - 1) / chunk_pairs) {}
+  Chunks(const Weight& w, const TokenTiles& tokens) : pairs(w.pairs()) {
+    const int64_t tiles = (pairs + kTilePairs - 1) / kTilePairs, most = tokens.most_chunk_tiles(tiles);
+    count = (tiles + most - 1) / most;
+    chunk_pairs = (tiles + count - 1) / count * kTilePairs;
+    count = (pairs + chunk_pairs - 1) / chunk_pairs;
+  }
 
   int64_t pairs_of(int64_t chunk) const { return lesser(chunk_pairs, pairs - chunk * chunk_pairs); }
   int64_t tiles_of(int64_t chunk) const { return (pairs_of(chunk) + kTilePairs - 1) / kTilePairs; }
@@ -129,17 +133,29 @@ struct Sums {
   }
 };
 
+// Tiles of x side by side: where the first one is, and how far apart they and the rows of each are, in bytes.
+struct XTiles {
+  const char* at;
+  int64_t step, row;
+
+  void load_first() const { _tile_loadd(4, at, row); }
+  void load_second() const { _tile_loadd(5, at, row); }
+  void go_on() {
+    at += step;
+    for (int64_t i = 0; i < kTileTokens; ++i) __builtin_prefetch(at + i * row);  // 8 % at 512 tokens, whose x comes from L2
+  }
+};
+
 // Add x times an expanded chunk to the sums. For each tile, `quota` pairs of the next chunk are expanded, some after each
 // instruction that waits: the window of a core does not reach over more.
 template <bool kTwo>
-void multiply(const char* chunk, int64_t tiles, const char* x, int64_t rows, Decoder& next_chunk, int64_t quota) {
+void multiply(const char* chunk, int64_t tiles, XTiles x, XTiles second, Decoder& next_chunk, int64_t quota) {
   constexpr int64_t kParts = kTwo ? 4 : 3;
   const int64_t part = (quota + kParts - 1) / kParts;
-  const char* second = x + tiles * rows * 64;
   Decoder decoder = next_chunk;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     _tile_loadd(6, chunk, 64);
-    _tile_loadd(4, x, 64);
+    x.load_first();
     decoder.expand(part);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, chunk + kHalfNbytes, 64);
@@ -147,47 +163,82 @@ void multiply(const char* chunk, int64_t tiles, const char* x, int64_t rows, Dec
     _tile_dpbf16ps(1, 4, 7);
     decoder.expand(part);
     chunk += kTileNbytes;
-    x += rows * 64;
     if (kTwo) {
-      _tile_loadd(5, second, 64);
+      second.load_second();
       _tile_dpbf16ps(2, 5, 6);
       decoder.expand(part);
       _tile_dpbf16ps(3, 5, 7);
-      second += rows * 64;
-      for (int64_t row = 0; row < kTileTokens; ++row) {  // 8 % at 512 tokens, whose x comes from L2
-        __builtin_prefetch(x + row * 64);
-        __builtin_prefetch(second + row * 64);
-      }
+      x.go_on();
+      second.go_on();
+    } else {
+      x.at += x.step;
     }
   }
   next_chunk = decoder;
 }
 
+// Tiles are loaded from x as it is where copying it would not pay: few panels (576 x 1536, 16 to 64 tokens: 10 to 20 % faster;
+// 3072 x 576: up to 8 % slower), rows of whole lines of the cache, which do not meet in a few sets of L1.
+bool loads_x(const Pass& pass) {
+  const uint64_t stride = uint64_t(pass.x_stride) * 2;
+  return pass.weight.panels() <= 32 && pass.weight.in_features % 32 == 0 &&
+         (stride | reinterpret_cast<uintptr_t>(pass.x)) % 64 == 0 && stride % 2048 != 0;
+}
+
+// The first token that `prepare` copies; with loads_x only those of a last tile that is not full, which are fewer than its rows.
+int64_t first_to_prepare(const Pass& pass) {
+  const TokenTiles tokens(pass.tokens);
+  if (!loads_x(pass)) return 0;
+  return tokens.tokens() == pass.tokens ? pass.tokens : (tokens.count - 1) * tokens.rows;
+}
+
 // [chunk][tile of tokens][tile of columns][token][32 columns], zeros after the last column. What follows the last token is
-// left as it is: it goes into sums that nobody reads.
+// left as it is: it goes into sums that nobody reads. With loads_x the tile of tokens that is copied stands alone.
 void prepare(const Pass& pass, int64_t first, int64_t last) {
   const Weight& w = pass.weight;
   const TokenTiles tokens(pass.tokens);
   const Chunks chunks(w, tokens);
+  const int64_t before = loads_x(pass) ? tokens.count - 1 : 0, copied = tokens.count - before;
   const uint16_t* x = static_cast<const uint16_t*>(pass.x);
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t tiles = chunks.tiles_of(chunk);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t column = chunk * chunks.chunk_pairs * 2 + tile * 32;
       const __mmask32 inside = __mmask32((uint64_t(1) << lesser(32, w.in_features - column)) - 1);
-      uint16_t* to = static_cast<uint16_t*>(pass.work_x) + (column - tile * 32) * tokens.tokens();
+      uint16_t* to = static_cast<uint16_t*>(pass.work_x) + (column - tile * 32) * copied * tokens.rows;
       for (int64_t token = first; token < last; ++token) {
-        const int64_t row = (token / tokens.rows * tiles + tile) * tokens.rows + token % tokens.rows;
+        const int64_t row = ((token / tokens.rows - before) * tiles + tile) * tokens.rows + token % tokens.rows;
         _mm512_storeu_si512(to + row * 32, _mm512_maskz_loadu_epi16(inside, x + token * pass.x_stride + column));
       }
     }
   }
 }
 
+// Finds the tiles of x that go with a chunk.
+struct XFinder {
+  const Pass& pass;
+  const TokenTiles& tokens;
+  const Chunks& chunks;
+  const bool loads = loads_x(pass);
+  const int64_t copied = loads ? first_to_prepare(pass) / tokens.rows : 0;  // first tile of tokens in work_x
+
+  XTiles at(int64_t chunk, int64_t tile) const {
+    const int64_t column_nbytes = chunk * chunks.chunk_pairs * 4;
+    if (loads && tile < copied) {
+      const int64_t stride = pass.x_stride * 2;
+      return {static_cast<const char*>(pass.x) + tile * tokens.rows * stride + column_nbytes, 64, stride};
+    }
+    const int64_t first = (tile - copied) * chunks.tiles_of(chunk) * tokens.rows * 64;
+    return {static_cast<const char*>(pass.work_x) + column_nbytes * (tokens.count - copied) * tokens.rows + first,
+            tokens.rows * 64, 64};
+  }
+};
+
 // The panels [first, last), at most kRunPanels; one with one group of tokens.
 void run_panels(const Pass& pass, const TokenTiles& tokens, int64_t first, int64_t last, float* totals) {
   const Weight& w = pass.weight;
   const Chunks chunks(w, tokens);
+  const XFinder x{pass, tokens, chunks};
   const int64_t groups = (tokens.count + 1) / 2;
   const int64_t panel_totals = tokens.tokens() * kPanelRows;
   alignas(64) char buffers[2][2 * kHalfNbytes];
@@ -207,9 +258,7 @@ void run_panels(const Pass& pass, const TokenTiles& tokens, int64_t first, int64
   next[0] = decoder.values;
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t tiles = chunks.tiles_of(chunk);
-    const int64_t tile_nbytes = tiles * tokens.rows * 64;
     const bool starts = chunk == 0, ends = chunk + 1 == chunks.count;
-    const char* x = static_cast<const char*>(pass.work_x) + chunk * chunks.chunk_pairs * 4 * tokens.tokens();
     for (int64_t panel = first; panel < last; ++panel) {
       const bool wraps = panel + 1 == last;
       const int64_t next_panel = wraps ? first : panel + 1;
@@ -223,7 +272,8 @@ void run_panels(const Pass& pass, const TokenTiles& tokens, int64_t first, int64
         } else if (!tokens.one_group()) {
           Group::load(sums, tokens.rows);
         }
-        multiply<two.value>(buffer, tiles, x + tile * tile_nbytes, tokens.rows, decoder, quota);
+        const XTiles first_tokens = x.at(chunk, tile);
+        multiply<two.value>(buffer, tiles, first_tokens, two.value ? x.at(chunk, tile + 1) : first_tokens, decoder, quota);
         if (ends || !tokens.one_group()) Group::store(sums, tokens.rows);
       };
       // GCC takes the load of a tile for something that reads no memory.
@@ -275,6 +325,7 @@ const Tier* instead(int type, int x_type, int64_t tokens) {
 }  // namespace
 
 // With 512 tokens a pass the expansion hides (4096 x 4096: 26 ms for 512 tokens in passes of 128, 25 in one).
-const Tier kAmx = {"amx", supported, keeps_bf16, prepare, run, pack_panel_avx512, pack_panel_avx512, instead, 512};
+const Tier kAmx = {"amx", supported, keeps_bf16, prepare, run, pack_panel_avx512, pack_panel_avx512, instead, first_to_prepare,
+                   512};
 
 }  // namespace spinfer
