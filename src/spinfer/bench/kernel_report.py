@@ -75,6 +75,10 @@ def shapes_of(rows: Iterable[Row]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((row["m"], row["k"]) for row in rows))
 
 
+def _shape(row: Row) -> str:
+    return f"{row['m']} x {row['k']}"
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table, numbers to the right of the first column."""
     rule = ["---", *("---:" for _ in header[1:])]
@@ -131,7 +135,7 @@ def _portable(sweep: Sweep) -> str:
     """The kernel for other GPUs, on this one."""
     lines = [
         [
-            f"{row['m']} x {row['k']}",
+            _shape(row),
             str(row["n"]),
             f"{row['portable_us']:.1f}",
             f"{row['dense_us'] / row['portable_us']:.2f}x",
@@ -145,7 +149,7 @@ def _portable(sweep: Sweep) -> str:
 def _masks(sweep: Sweep) -> str:
     lines = [
         [
-            f"{row['m']} x {row['k']}",
+            _shape(row),
             row["mask"],
             f"{1 - row['density']:.1%}",
             str(row["n"]),
@@ -173,7 +177,7 @@ def _missed(sweep: Sweep) -> str:
     wanted, short = missed(sweep.device, sweep.of("grid", "models", "masks", "bfloat16"))
     lines = [
         [
-            f"{row['m']} x {row['k']}",
+            _shape(row),
             row["mask"],
             row["dtype"],
             f"{row['sparsity']:.0%}",
@@ -199,7 +203,7 @@ def report(sweep: Sweep) -> str:
     ]
     for row in sweep.wrong:
         parts.append(
-            f"**Wrong, and left out of all tables:** {row['m']} x {row['k']}, {row['dtype']}, "
+            f"**Wrong, and left out of all tables:** {_shape(row)}, {row['dtype']}, "
             f"{row['sparsity']:.0%} zeros ({row['mask']}), N = {row['n']}: relative error {row['error']:.1e}."
         )
     for n in (1, 16):

@@ -116,9 +116,9 @@ int linear(const Tier& tier, Pass pass, int64_t tokens, int threads) {
     const int64_t from = tier.first_to_prepare ? tier.first_to_prepare(job.pass) : 0;
     const int64_t rows = job.pass.tokens - from;
     const bool much = rows * w.in_features > (1 << 15);
-    if (rows)
-      parallel_for(much ? threads : 1, rows, much ? (rows + 4 * threads - 1) / (4 * threads) : rows,
-                   [&](int64_t first, int64_t last) { tier.prepare(job.pass, from + first, from + last); });
+    const int64_t part = (rows + 4 * threads - 1) / (4 * threads);
+    parallel_for(much ? threads : 1, rows, much ? part : rows,
+                 [&](int64_t first, int64_t last) { tier.prepare(job.pass, from + first, from + last); });
     job.next.store(0, std::memory_order_relaxed);
     on_threads<Job>(threads, job, work);
   }

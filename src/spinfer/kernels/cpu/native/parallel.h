@@ -36,6 +36,7 @@ void parallel_for(int threads, int64_t n, int64_t step, Each each) {
     int64_t n, step;
     std::atomic<int64_t> next{0};
   } loop{each, n, step};
+  if (n <= 0) return;
   const int64_t pieces = (n + step - 1) / step;
   on_threads<Loop>(int(pieces < threads ? pieces : threads), loop, [](Loop& self, int) {
     for (;;) {

@@ -54,7 +54,6 @@ struct Chunks {
     const int64_t tiles = (pairs + kTilePairs - 1) / kTilePairs, most = tokens.most_chunk_tiles(tiles);
     count = (tiles + most - 1) / most;
     chunk_pairs = (tiles + count - 1) / count * kTilePairs;
-    count = (pairs + chunk_pairs - 1) / chunk_pairs;
   }
 
   int64_t pairs_of(int64_t chunk) const { return lesser(chunk_pairs, pairs - chunk * chunk_pairs); }
@@ -138,8 +137,6 @@ struct XTiles {
   const char* at;
   int64_t step, row;
 
-  void load_first() const { _tile_loadd(4, at, row); }
-  void load_second() const { _tile_loadd(5, at, row); }
   void go_on() {
     at += step;
     for (int64_t i = 0; i < kTileTokens; ++i) __builtin_prefetch(at + i * row);  // 8 % at 512 tokens, whose x comes from L2
@@ -155,7 +152,7 @@ void multiply(const char* chunk, int64_t tiles, XTiles x, XTiles second, Decoder
   Decoder decoder = next_chunk;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     _tile_loadd(6, chunk, 64);
-    x.load_first();
+    _tile_loadd(4, x.at, x.row);
     decoder.expand(part);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, chunk + kHalfNbytes, 64);
@@ -164,7 +161,7 @@ void multiply(const char* chunk, int64_t tiles, XTiles x, XTiles second, Decoder
     decoder.expand(part);
     chunk += kTileNbytes;
     if (kTwo) {
-      second.load_second();
+      _tile_loadd(5, second.at, second.row);
       _tile_dpbf16ps(2, 5, 6);
       decoder.expand(part);
       _tile_dpbf16ps(3, 5, 7);
@@ -185,7 +182,7 @@ bool loads_x(const Pass& pass) {
          (stride | reinterpret_cast<uintptr_t>(pass.x)) % 64 == 0 && stride % 2048 != 0;
 }
 
-// The first token that `prepare` copies; with loads_x only those of a last tile that is not full, which are fewer than its rows.
+// The first token that `prepare` copies: that of a tile. With loads_x only a last tile that is not full is copied.
 int64_t first_to_prepare(const Pass& pass) {
   const TokenTiles tokens(pass.tokens);
   if (!loads_x(pass)) return 0;
@@ -198,7 +195,7 @@ void prepare(const Pass& pass, int64_t first, int64_t last) {
   const Weight& w = pass.weight;
   const TokenTiles tokens(pass.tokens);
   const Chunks chunks(w, tokens);
-  const int64_t before = loads_x(pass) ? tokens.count - 1 : 0, copied = tokens.count - before;
+  const int64_t before = first_to_prepare(pass) / tokens.rows, copied = tokens.count - before;
   const uint16_t* x = static_cast<const uint16_t*>(pass.x);
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t tiles = chunks.tiles_of(chunk);
@@ -219,17 +216,16 @@ struct XFinder {
   const Pass& pass;
   const TokenTiles& tokens;
   const Chunks& chunks;
-  const bool loads = loads_x(pass);
-  const int64_t copied = loads ? first_to_prepare(pass) / tokens.rows : 0;  // first tile of tokens in work_x
+  const int64_t before = first_to_prepare(pass) / tokens.rows;  // tiles of tokens that are not in work_x
 
   XTiles at(int64_t chunk, int64_t tile) const {
     const int64_t column_nbytes = chunk * chunks.chunk_pairs * 4;
-    if (loads && tile < copied) {
+    if (tile < before) {
       const int64_t stride = pass.x_stride * 2;
       return {static_cast<const char*>(pass.x) + tile * tokens.rows * stride + column_nbytes, 64, stride};
     }
-    const int64_t first = (tile - copied) * chunks.tiles_of(chunk) * tokens.rows * 64;
-    return {static_cast<const char*>(pass.work_x) + column_nbytes * (tokens.count - copied) * tokens.rows + first,
+    const int64_t first = (tile - before) * chunks.tiles_of(chunk) * tokens.rows * 64;
+    return {static_cast<const char*>(pass.work_x) + column_nbytes * (tokens.count - before) * tokens.rows + first,
             tokens.rows * 64, 64};
   }
 };

@@ -46,7 +46,8 @@ struct BlockDecoder {
       // steps before, and 2 of the totals of the two steps between.
       auto weights = [&](int step, int total_before) {
         const bool even = 2 * t == step, odd = 2 * t + 1 == step;
-        return (even ? 2u : 0u) | (odd ? 0x200u : 0u) | (2 * t < total_before ? 0x20000u : 0u) | (2 * t + 1 < total_before ? 0x2000000u : 0u);
+        return (even ? 2u : 0u) | (odd ? 0x200u : 0u) | (2 * t < total_before ? 0x20000u : 0u) |
+               (2 * t + 1 < total_before ? 0x2000000u : 0u);
       };
       const int step = 2 * s + (g & 1);
       place[s] = weights(step, step);

@@ -38,7 +38,8 @@ struct MatmulArgs {
   i32 strips;       // passes x row blocks
   i32 each, extra;  // units a CTA; the first `extra` CTAs take one more
   i32 ring_at, ring, in_flight;  // of the weight, in shared memory
-  i32 boxes;                     // of x, likewise; in matmul_wide_sm90.cu a multiple of the warps along k (tests/test_cuda_boxes.py)
+  // Of x, likewise: a power of two up to 32 tokens, beyond a multiple of the warps along k (tests/test_cuda_boxes.py).
+  i32 boxes;
 };
 
 struct Range {

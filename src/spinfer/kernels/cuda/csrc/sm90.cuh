@@ -113,14 +113,15 @@ struct WeightProducer {
     // is none.
     const bool both_fit = (next_at || following <= at) && i + 1 < work.count;
     if (lane == 0) {
-      sts_v4(start + kNotes + kSlotStride * slot, of_strip >> 31 | (both_fit ? 0 : kReleaseFirst), of_strip & 0x7fffffffu, ring() + next_at,
-             0);
+      sts_v4(start + kNotes + kSlotStride * slot, of_strip >> 31 | (both_fit ? 0 : kReleaseFirst), of_strip & 0x7fffffffu,
+             ring() + next_at, 0);
       static_assert(kEndOfSegment == 1);
       mbarrier_expect(start + kLanded + kSlotStride * slot, bytes);
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
               ring() + at),
-          "l"(p.weight + static_cast<i64>(begin) * kOffsetUnit), "r"(bytes), "r"(start + kLanded + kSlotStride * slot), "l"(kEvictFirst)
+          "l"(p.weight + static_cast<i64>(begin) * kOffsetUnit), "r"(bytes), "r"(start + kLanded + kSlotStride * slot),
+          "l"(kEvictFirst)
           : "memory");
     }
     __syncwarp();
