@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinfer.kernels.cuda import dense, matmul, repack
-from spinfer.kernels.cuda.layout import MAX_CHUNK_NBYTES, ChunkGrid
+from spinfer.kernels.cuda.layout import GATHER_NBYTES, MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import (
     Decoded,
     DeviceTraits,
@@ -79,6 +79,11 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
         else:
             assert isinstance(config, PortableConfig)
             assert device.capability != (9, 0)
+            assert config.ring_at % 16 == config.ring_nbytes % 16 == 0, "cp.async copies units of 16 bytes"
+            assert config.ring_nbytes >= 256 + 16 + 32 * 64 * 2, "a dense block must fit, and what is copied before it"
+            assert config.ring_at + 8 * config.ring_nbytes + GATHER_NBYTES <= config.shared_nbytes
+            if config.ctas > device.sm_count:
+                assert 2 * (config.shared_nbytes + 1024) <= device.shared_nbytes + 1024, "two CTAs fit an SM"
 
 
 @given(sides, sides, st.integers(1, 9000), st.integers(1, 200))

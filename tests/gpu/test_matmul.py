@@ -97,10 +97,16 @@ def test_uneven_density(tokens: int) -> None:
     check(linear(x, packed(w)), x, w)
 
 
+def portable_configs(grid: ChunkGrid, tokens: int) -> list[Config]:
+    """As on a GPU with little shared memory, one CTA an SM, and as on this one."""
+    traits = device_traits(0)
+    sizes = (101376, traits.shared_nbytes)
+    return [portable_config(grid, tokens, DeviceTraits(traits.capability, traits.sm_count, size)) for size in sizes]
+
+
 @pytest.mark.parametrize("shape", [(1009, 2003), (16640, 520)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_portable_kernel(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    traits = device_traits(0)
     grid = ChunkGrid.of(*shape)
     for density in (0.0, 0.4, 1.0):
         w = random_weight(*shape, density, dtype)
@@ -108,8 +114,33 @@ def test_portable_kernel(shape: tuple[int, int], dtype: torch.dtype) -> None:
         bias = torch.randn(shape[0], device="cuda", dtype=dtype)
         for tokens in (1, 5, 8, 16, 17, 32):
             x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
-            config = portable_config(grid, tokens, DeviceTraits(traits.capability, traits.sm_count, 101376))
-            check(fused(x, weight, config, bias), x, w, bias)
+            for config in portable_configs(grid, tokens):
+                check(fused(x, weight, config, bias), x, w, bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+@pytest.mark.parametrize("rows", [4096, 8192])
+def test_portable_kernel_with_uneven_density(rows: int, tokens: int) -> None:
+    """Blocks of very different sizes follow each other through a warp's ring, and many CTAs share row blocks."""
+    density = torch.rand(rows // 32, 66, device="cuda").pow(3).repeat_interleave(32, 0).repeat_interleave(64, 1)
+    density[torch.rand(rows // 32, device="cuda").repeat_interleave(32) < 0.2] = 1
+    w = torch.where(torch.rand_like(density) < density, torch.randn_like(density), 0.0).half()
+    weight = packed(w)
+    x = torch.randn(tokens, w.shape[1], device="cuda", dtype=torch.float16)
+    for config in portable_configs(ChunkGrid.of(*w.shape), tokens):
+        check(fused(x, weight, config), x, w)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 1001])
+@pytest.mark.parametrize("rows", [100, 4300])
+def test_portable_kernel_takes_only_its_columns_of_x(rows: int, columns: int) -> None:
+    w = random_weight(rows, columns, 0.5)
+    weight = packed(w)
+    for tokens in range(1, 33):
+        x = torch.full((tokens, 1024), torch.nan, device="cuda", dtype=torch.float16)[:, 8 : 8 + columns]
+        x.normal_()
+        for config in portable_configs(ChunkGrid.of(rows, columns), tokens):
+            check(fused(x, weight, config), x, w)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])

@@ -44,7 +44,8 @@ class FusedPass:
         self._kernel = load(source(grid, config, dtype), "spinfer_matmul")
         self._hopper = not isinstance(config, PortableConfig)
         self._device = device
-        warps, passes, split, memory = _PORTABLE_WARPS, 1, 1, (0, 0, 0, 0)
+        warps, passes, split = _PORTABLE_WARPS, 1, 1
+        memory = (config.ring_at, config.ring_nbytes, 0, 0)
         if not isinstance(config, PortableConfig):
             memory = (config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
             if isinstance(config, WideConfig):

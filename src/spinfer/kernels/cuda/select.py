@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, ChunkGrid
+from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 
 _MAX_NARROW = 32
 """Up to so many tokens csrc/matmul_sm90.cu is the faster one."""
@@ -29,7 +29,15 @@ at 50 % and 64 tokens takes 117.7 us with 3.8 chunks and 10 boxes, 106.9 with 4.
 same, or chunks have 64 rows, fewer boxes cost 3 to 8 %."""
 
 _PORTABLE_TILES = (8, 16, 32)
-_PORTABLE_WARPS = 8
+_PORTABLE_WARPS, _PORTABLE_NOTES = 8, 4
+_BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
+"""What csrc/matmul_portable.cu needs for a dense block: kBlockBuffer."""
+
+_MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
+"""Three dense blocks, and what is left at the end of the ring."""
+
+_SHARED_RESERVED_NBYTES = 1024
+"""What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
 _MOST_HOPPER, _MOST_HOPPER_SHORT = 512, 448
 """Most tokens of the fused kernels on Hopper; the second with chunks of 64 rows. Beyond, a weight is staged."""
@@ -165,17 +173,21 @@ class PortableConfig:
         arch: what to compile for.
         tokens: columns of the pass, a compile-time constant.
         ctas: how many; each takes a range of consecutive chunks.
-        shared_nbytes: shared memory of each.
+        ring_at: where the weight is in shared memory, in bytes.
+        ring_nbytes: how much of it a warp has.
+        shared_nbytes: shared memory of each CTA.
     """
 
     arch: str
     tokens: int
     ctas: int
+    ring_at: int
+    ring_nbytes: int
     shared_nbytes: int
 
 
 def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    return (warps_k - 1) * grid.blocks_m * 2 * min(2, tile // 8) * 512
+    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > _MAX_NARROW else 1) * 512
 
 
 def hopper_config(
@@ -317,15 +329,23 @@ def staged_config(
 def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> PortableConfig:
     """Configuration of one pass with 1 to 32 tokens on a GPU other than Hopper."""
     tile = next(tile for tile in _PORTABLE_TILES if tile >= tokens)
-    warps_k = _PORTABLE_WARPS // grid.blocks_m
-    buffers = 2 * _PORTABLE_WARPS * (256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32)
-    shared = buffers + _scratch_nbytes(grid, warps_k, tile) + 16
-    ctas_a_sm = 2 if traits.shared_nbytes >= 2 * shared else 1
+    x_nbytes = _PORTABLE_WARPS * tile * BLOCK_COLS * 2
+    ring_at = x_nbytes + _PORTABLE_WARPS * _PORTABLE_NOTES * 8 + _scratch_nbytes(grid, grid.blocks_k, tile) + 16
+
+    def ring_nbytes(shared: int) -> int:
+        return min(_MOST_RING_NBYTES, (shared - ring_at - OFFSET_UNIT) // _PORTABLE_WARPS // OFFSET_UNIT * OFFSET_UNIT)
+
+    # With more tokens registers leave no room for two.
+    ctas_a_sm, ring = 2, ring_nbytes((traits.shared_nbytes - _SHARED_RESERVED_NBYTES) // 2)
+    if ring < _BLOCK_BUFFER_NBYTES or tile > 16:
+        ctas_a_sm, ring = 1, ring_nbytes(traits.shared_nbytes)
     return PortableConfig(
         arch=code_arch(traits.capability),
         tokens=tile,
         ctas=min(traits.sm_count * ctas_a_sm, grid.chunks),
-        shared_nbytes=shared,
+        ring_at=ring_at,
+        ring_nbytes=ring,
+        shared_nbytes=ring_at + _PORTABLE_WARPS * ring + OFFSET_UNIT,  # a lane may read past the last value
     )
 
 

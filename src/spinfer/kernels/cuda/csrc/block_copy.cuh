@@ -11,6 +11,10 @@ constexpr u32 kBlockBuffer = kMaskCopy + kBlockRows * kBlockCols * 2 + 32;
 __device__ __forceinline__ void cp_async_16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+// Of `count` bytes, and zeros after them.
+__device__ __forceinline__ void cp_async_16(u32 to, const void* from, u32 count) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(count) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
@@ -44,12 +48,12 @@ __device__ __forceinline__ void copy_block(const BlockCopy& copy, int block, u32
     cp_async_16(buffer + kMaskCopy + i - first, copy.chunk + kValuesAt + i);
   cp_async_commit();
 }
-// Masks and addresses of a block that has landed.
-__device__ __forceinline__ void load_copied(BlockState& state, const BlockCopy& copy, u32 buffer, int lane) {
+// Masks and addresses of a block that has landed. header: byte offsets of its tiles' values.
+__device__ __forceinline__ void load_copied(BlockState& state, u32 header, u32 buffer, int lane) {
   const uint2 masks = lds_v2(buffer + lane * 8);
-  const u32 values = buffer + kMaskCopy - ((copy.header & 0xffffu) & ~15u);
+  const u32 values = buffer + kMaskCopy - ((header & 0xffffu) & ~15u);
   state.mask[0] = masks.x;
   state.mask[1] = masks.y;
-  state.base[0] = values + (copy.header & 0xffffu);
-  state.base[1] = values + (copy.header >> 16);
+  state.base[0] = values + (header & 0xffffu);
+  state.base[1] = values + (header >> 16);
 }

@@ -37,7 +37,7 @@ struct MatmulArgs {
   i32 chunks_k, row_blocks;
   i32 strips;       // passes x row blocks
   i32 each, extra;  // units a CTA; the first `extra` CTAs take one more
-  i32 ring_at, ring, in_flight;  // of the weight, in shared memory
+  i32 ring_at, ring, in_flight;  // of the weight, in shared memory; in matmul_portable.cu `ring` is a warp's
   // Of x, likewise: a power of two up to 32 tokens, beyond a multiple of the warps along k (tests/test_cuda_boxes.py).
   i32 boxes;
 };
@@ -139,12 +139,12 @@ __device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32
   }
 }
 
+constexpr int kPass = kTokens > 32 ? 2 : 1;  // 8-token tiles that sum_warps takes through `scratch` at a time
 // Adds up the accumulators of the warps along k (kWarpsK of them) through shared memory, in their order, in the warps with
 // warp_k 0. kBandsAWarp bands a warp, from `band` on. All `threads` consumer threads call it.
 template <int kWarpsK, int kBandsAWarp>
 __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
   if constexpr (kWarpsK > 1) {
-    constexpr int kPass = kTiles < 2 ? kTiles : 2;  // 8-token tiles a pass through `scratch`
     auto at = [&](int q, int r, int j) { return scratch + ((((q - 1) * kBands + band + r) * kPass + j) * 32 + lane) * 16; };
 #pragma unroll
     for (int n0 = 0; n0 < kTiles; n0 += kPass) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], 
     }
   }
 }
-__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * (kTiles < 2 ? kTiles : 2) * 512; }
+__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * kPass * 512; }
 
 template <int kBandsAWarp>
 __device__ __forceinline__ void clear(float (&acc)[kBandsAWarp][kTiles][4]) {

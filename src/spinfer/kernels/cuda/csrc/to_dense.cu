@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(co
     }
     __syncwarp();
     BlockState state;
-    load_copied(state, current, buffer, lane);
+    load_copied(state, current.header, buffer, lane);
     decoder.open(state);
 #pragma unroll
     for (int s = 0; s < 4; s++) {
