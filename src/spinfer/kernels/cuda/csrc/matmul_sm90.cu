@@ -171,7 +171,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void give_back(u32 empty) const {
     __syncwarp();
-    if (lane() == 0) mbarrier_arrive(empty);
+    give_back_to(empty, lane());
   }
   __device__ __forceinline__ void open(Opened& next, u32 chunk) {
     load(next, chunk);
@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; i++) {
       mbarrier_init(start + kLanded + kSlotStride * i, 1);
-      mbarrier_init(start + kEmpty + kSlotStride * i, kConsumerWarps);
+      mbarrier_init(start + kEmpty + kSlotStride * i, kArrivals * kConsumerWarps);
       mbarrier_init(start + kXLanded + kSlotStride * i, 1);
     }
     if constexpr (kSplit > 1) {

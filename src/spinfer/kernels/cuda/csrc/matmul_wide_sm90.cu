@@ -130,11 +130,11 @@ struct Consumer {
   __device__ __forceinline__ void give_back() {
     __syncwarp();
     if (box_held) {
-      if (lane == 0) mbarrier_arrive(box_held);
+      give_back_to(box_held, lane);
       box_held = 0;
     }
     if (slot_held) {
-      if (lane == 0) mbarrier_arrive(slot_held);
+      give_back_to(slot_held, lane);
       slot_held = 0;
     }
   }
@@ -209,11 +209,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; i++) {
       mbarrier_init(start + kLanded + kSlotStride * i, 1);
-      mbarrier_init(start + kEmpty + kSlotStride * i, kConsumerWarps);
+      mbarrier_init(start + kEmpty + kSlotStride * i, kArrivals * kConsumerWarps);
     }
     for (int i = 0; i < p.boxes; i++) {
       mbarrier_init(start + kBoxLanded + 8 * i, 1);
-      mbarrier_init(start + kBoxEmpty + 8 * i, kWarpsM);
+      mbarrier_init(start + kBoxEmpty + 8 * i, kArrivals * kWarpsM);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
