@@ -34,7 +34,27 @@ def vllm_generate(model: Path, prompts: list[str], *, max_tokens: int = 24, **op
     Raises:
         RuntimeError: vLLM stopped; the message is its output.
     """
-    job = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "options": options}
+    return _run({"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "options": options})
+
+
+def vllm_differences(
+    model: Path, prompts: list[list[int]], expected: list[list[int]], **options: Any
+) -> list[tuple[int, int, int]]:
+    """Where greedy tokens differ from the expected ones: prompt, position, and what vLLM chose there.
+
+    After a difference it goes on from the expected token, so that every token is compared.
+
+    Args:
+        model: a model directory.
+        prompts: token ids.
+        expected: the tokens after each prompt.
+        options: for `vllm.LLM`.
+    """
+    result = _run({"model": str(model), "prompts": prompts, "expected": expected, "options": options})
+    return [(prompt, position, token) for prompt, position, token in result["differences"]]
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
     child = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps(job),
@@ -55,18 +75,43 @@ def _weights_nbytes(worker: Any) -> int:
     return sum(parameter.nbytes for parameter in worker.model_runner.model.parameters())
 
 
+def _greedy(max_tokens: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def _differences(llm: Any, prompts: list[list[int]], expected: list[list[int]]) -> list[tuple[int, int, int]]:
+    found = []
+    begins = dict.fromkeys(range(len(prompts)), 0)
+    while begins:
+        inputs = [{"prompt_token_ids": prompts[number] + expected[number][:at]} for number, at in begins.items()]
+        sampling = [_greedy(len(expected[number]) - at) for number, at in begins.items()]
+        outputs = llm.generate(inputs, sampling, use_tqdm=False)
+        again = {}
+        for (number, at), output in zip(begins.items(), outputs, strict=True):
+            chosen, wanted = list(output.outputs[0].token_ids), expected[number][at:]
+            difference = next((i for i in range(len(wanted)) if chosen[i] != wanted[i]), None)
+            if difference is not None:
+                found.append((number, at + difference, chosen[difference]))
+                if difference + 1 < len(wanted):
+                    again[number] = at + difference + 1
+        begins = again
+    return found
+
+
 def main() -> None:
     """The child."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     job = json.load(sys.stdin)
     llm = LLM(model=job["model"], max_model_len=128, max_num_seqs=4, gpu_memory_utilization=0.2, **job["options"])
-    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
-    outputs = llm.generate(job["prompts"], sampling, use_tqdm=False)
-    result = {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "weights_nbytes": llm.collective_rpc(_weights_nbytes),
-    }
+    result: dict[str, Any] = {"weights_nbytes": llm.collective_rpc(_weights_nbytes)}
+    if "expected" in job:
+        result["differences"] = _differences(llm, job["prompts"], job["expected"])
+    else:
+        outputs = llm.generate(job["prompts"], _greedy(job["max_tokens"]), use_tqdm=False)
+        result["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
     if job["options"].get("worker_cls") == "memory.Weighed":
         result["grown_nbytes"] = llm.collective_rpc("grown_nbytes")
     print("\n" + _MARK + json.dumps(result), flush=True)
