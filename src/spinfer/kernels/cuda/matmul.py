@@ -44,10 +44,9 @@ class FusedPass:
         self._kernel = load(source(grid, config, dtype), "spinfer_matmul")
         self._hopper = not isinstance(config, PortableConfig)
         self._device = device
-        warps, passes, split = _PORTABLE_WARPS, 1, 1
-        memory = (config.ring_at, config.ring_nbytes, 0, 0)
+        warps, passes, split, in_flight, boxes = _PORTABLE_WARPS, 1, 1, 0, 0
         if not isinstance(config, PortableConfig):
-            memory = (config.ring_at, config.ring_nbytes, config.in_flight, config.boxes)
+            in_flight, boxes = config.in_flight, config.boxes
             if isinstance(config, WideConfig):
                 warps, passes = config.warps + _PRODUCER_WARPS, config.passes
             else:
@@ -58,7 +57,17 @@ class FusedPass:
         self._launch_shape = LaunchShape(config.ctas, warps * 32, config.shared_nbytes, split, dependent=self._hopper)
         each, extra = divmod(self._strips * grid.chunks_k, config.ctas)
         self._constants = _CONSTANTS.pack(
-            grid.out_features, grid.in_features, grid.chunks_k, grid.row_blocks, self._strips, each, extra, *memory
+            grid.out_features,
+            grid.in_features,
+            grid.chunks_k,
+            grid.row_blocks,
+            self._strips,
+            each,
+            extra,
+            config.ring_at,
+            config.ring_nbytes,
+            in_flight,
+            boxes,
         )
 
     def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:

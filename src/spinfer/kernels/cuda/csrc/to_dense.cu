@@ -24,6 +24,34 @@ constexpr u32 kTileBytes = kBlockRows * kRowBytes;
 constexpr u32 kWarpBytes = 2 * kBlockBuffer + kTileBytes;
 static_assert(kBlockBuffer % 16 == 0 && kTileBytes % 16 == 0);
 
+// A block on its way into a buffer.
+struct BlockCopy {
+  u32 header;  // byte offsets of its tiles' values
+  u32 end;     // byte offset of the values after it
+  const u8* chunk;
+};
+
+__device__ __forceinline__ BlockCopy find_block(const u8* weight, const i32* offsets, i32 chunk, int block) {
+  const u8* at = weight + static_cast<i64>(__ldg(offsets + chunk)) * kOffsetUnit;
+  const u32 header = __ldg(reinterpret_cast<const u32*>(at) + block);
+  u32 end;
+  if (block + 1 < kBlocks) {
+    end = __ldg(reinterpret_cast<const u32*>(at) + block + 1) & 0xffffu;
+  } else {
+    end = static_cast<u32>(__ldg(offsets + chunk + 1) - __ldg(offsets + chunk)) * kOffsetUnit - kValuesAt;
+    // The last block's end includes the padding of the chunk; a block holds no more than its weights.
+    end = min(end, (header & 0xffffu) + kBlockRows * kBlockCols * 2);
+  }
+  return {header, end, at};
+}
+__device__ __forceinline__ void copy_block(const BlockCopy& copy, int block, u32 buffer, int lane) {
+  if (lane < 16) cp_async_16(buffer + lane * 16, copy.chunk + kHeaderBytes + block * 256 + lane * 16);
+  const u32 first = (copy.header & 0xffffu) & ~15u;
+  for (u32 i = first + lane * 16; i < copy.end; i += 32 * 16)
+    cp_async_16(buffer + kMaskCopy + i - first, copy.chunk + kValuesAt + i);
+  cp_async_commit();
+}
+
 extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(const __grid_constant__ DenseArgs p) {
   extern __shared__ __align__(128) u8 memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
