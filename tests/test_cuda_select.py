@@ -59,9 +59,11 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
     assert len(plan.passes) == -(-tokens // plan.step)
     for i, config in enumerate(plan.passes):
         assert config.shared_nbytes <= device.shared_nbytes
-        passes = config.passes if isinstance(config, WideConfig) else 1
+        passes, twins = (config.passes, config.twins) if isinstance(config, WideConfig) else (1, 1)
         assert config.tokens * passes >= min(plan.step, tokens - i * plan.step)
-        assert 1 <= config.ctas <= passes * grid.chunks
+        row_blocks = -(-grid.row_blocks // twins) * twins
+        assert 1 <= config.ctas <= passes * row_blocks * grid.chunks_k
+        assert config.ctas % twins == 0
         if isinstance(config, HopperConfig | WideConfig):
             assert device.capability == (9, 0)
             assert config.ring_nbytes >= MAX_CHUNK_NBYTES, "a dense chunk must fit, however sparse the rest"
@@ -76,6 +78,11 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
         elif isinstance(config, WideConfig):
             assert grid.blocks_k <= 2 * config.boxes
             assert config.boxes <= 16
+            assert config.split == 1 or config.twins == 1, "a cluster is of two"
+            if config.split > 1:
+                assert config.split <= grid.chunks_k, "each CTA of a pair has chunks"
+                assert config.ctas == config.split * grid.row_blocks, "each pair has one segment"
+                assert config.passes == 1
         else:
             assert isinstance(config, PortableConfig)
             assert device.capability != (9, 0)
@@ -126,8 +133,10 @@ def test_tiles_of_a_short_last_round_are_shared(shape: tuple[int, int], tokens: 
         (8192, 256, 256, 1, 8),
         (8192, 300, 192, 2, 8),
         (8192, 768, 256, 3, 8),
-        (4096, 129, 96, 2, 8),
-        (4096, 256, 128, 2, 8),
+        (4096, 129, 192, 1, 8),
+        (4096, 300, 192, 2, 8),
+        (1024, 129, 96, 2, 8),
+        (1024, 256, 128, 2, 8),
     ],
 )
 def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
@@ -165,13 +174,38 @@ def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], sp
     assert hopper_config(grid, int(0.4 * shape[0] * shape[1]), 1, H100).split == split
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens", "split", "twins"),
+    [
+        ((4096, 4096), 64, 2, 1),
+        ((8192, 8192), 256, 2, 1),
+        ((8192, 8192), 300, 1, 1),
+        ((6144, 4096), 128, 1, 1),
+        ((28672, 4096), 128, 1, 1),
+        ((4096, 200), 64, 1, 1),
+        ((4096, 4096), 129, 1, 2),
+        ((4096, 14336), 512, 1, 2),
+        ((2048, 4096), 256, 1, 1),
+        ((2048, 4096), 257, 1, 2),
+    ],
+)
+def test_clusters_for_many_tokens(shape: tuple[int, int], tokens: int, split: int, twins: int) -> None:
+    config = wide_config(ChunkGrid.of(*shape), int(0.4 * shape[0] * shape[1]), tokens, H100)
+    assert (config.split, config.twins) == (split, twins)
+
+
+def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:
+    config = wide_config(ChunkGrid.of(4096, 4096), 1 << 20, 256, DeviceTraits((9, 0), 1, 232448))
+    assert (config.split, config.twins, config.ctas) == (1, 1, 1)
+
+
 def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     grid = ChunkGrid.of(4096, 4096)
     assert isinstance(choose(grid, 1 << 20, 1, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, True, H100), Staged)
-    assert isinstance(choose(grid, 1 << 20, 512, True, H100), Decoded), "small"
-    assert isinstance(choose(ChunkGrid.of(4096, 14336), 1 << 20, 512, True, H100), Staged)
+    assert isinstance(choose(grid, 1 << 20, 513, True, H100), Decoded), "small"
+    assert isinstance(choose(ChunkGrid.of(4096, 14336), 1 << 20, 513, True, H100), Staged)
     assert isinstance(choose(grid, 1 << 20, 4096, True, RTX_4090), Decoded)
     assert isinstance(choose(grid, 1 << 20, 1, True, H100), Fused)
     assert isinstance(choose(grid, 1 << 20, 1, True, RTX_4090), Fused)

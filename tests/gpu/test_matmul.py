@@ -85,7 +85,7 @@ def test_dense_weights_with_many_tokens(tokens: int, density: float) -> None:
     check(linear(x, packed(w)), x, w)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 32, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 200, 500])
 def test_uneven_density(tokens: int) -> None:
     """Chunks of very different sizes follow each other through the ring: dense, empty, and in between."""
     density = torch.rand(4, 64, device="cuda").pow(3).repeat_interleave(256, 0).repeat_interleave(64, 1)
@@ -172,7 +172,7 @@ def test_nonfinite_values_propagate_as_in_dense() -> None:
     assert torch.equal(y.isinf(), expected.isinf())
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 700, 1030])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128, 250, 512, 700, 1030])
 def test_deterministic(tokens: int) -> None:
     w = random_weight(4096, 4096, 0.4)
     weight = packed(w)
@@ -277,7 +277,9 @@ def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
     grid = ChunkGrid.of(9000, 2000)
     traits = DeviceTraits((9, 0), sm_count, device_traits(0).shared_nbytes)
     if tokens > 32:
-        configs: list[Config] = [wide_config(grid, weight.nnz, tokens, traits)]
+        configs: list[Config] = [
+            wide_config(grid, weight.nnz, tokens, traits, split=1, twins=twins) for twins in (1, 2)
+        ]
     else:
         configs = [hopper_config(grid, weight.nnz, tokens, traits, split=split) for split in (1, 2)]
     for config in configs:
@@ -286,7 +288,7 @@ def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
 
 @hopper
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700), (17000, 300)])
-@pytest.mark.parametrize("tokens", [1, 9, 20, 32])
+@pytest.mark.parametrize("tokens", [1, 9, 20, 32, 33, 64, 90, 128, 250])
 def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
     weight_of = {density: random_weight(*shape, density) for density in (0.0, 0.4, 1.0)}
     for w in weight_of.values():
@@ -295,10 +297,30 @@ def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
         if grid.chunks_k < 2:
             pytest.skip("one chunk along k")
         x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
-        config = hopper_config(grid, weight.nnz, tokens, device_traits(0), split=2)
+        if tokens > 32:
+            config: Config = wide_config(grid, weight.nnz, tokens, device_traits(0), split=2, twins=1)
+            if config.passes > 1:
+                pytest.skip("pairs take one pass")
+        else:
+            config = hopper_config(grid, weight.nnz, tokens, device_traits(0), split=2)
         first = fused(x, weight, config)
         check(first, x, w)
         assert all(torch.equal(fused(x, weight, config), first) for _ in range(5))
+
+
+@hopper
+@pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (4100, 700), (8200, 700)])
+@pytest.mark.parametrize("tokens", [33, 64, 128, 129, 256, 600])
+def test_twins(shape: tuple[int, int], tokens: int) -> None:
+    """Two CTAs share the copies of x; with an odd number of row blocks the last twin's rows are not there."""
+    for density in (0.0, 0.4, 1.0):
+        w = random_weight(*shape, density)
+        weight = packed(w)
+        x, bias = (torch.randn(n, device="cuda", dtype=torch.float16) for n in ((tokens, shape[1]), shape[0]))
+        config = wide_config(ChunkGrid.of(*shape), weight.nnz, tokens, device_traits(0), split=1, twins=2)
+        first = fused(x, weight, config, bias)
+        check(first, x, w, bias)
+        assert all(torch.equal(fused(x, weight, config, bias), first) for _ in range(5))
 
 
 def staged(x: Tensor, weight: PackedWeight, sm_count: int, launches: int = 1, bias: Tensor | None = None) -> Tensor:

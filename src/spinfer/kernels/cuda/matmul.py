@@ -44,23 +44,25 @@ class FusedPass:
         self._kernel = load(source(grid, config, dtype), "spinfer_matmul")
         self._hopper = not isinstance(config, PortableConfig)
         self._device = device
-        warps, passes, split, in_flight, boxes = _PORTABLE_WARPS, 1, 1, 0, 0
+        warps, passes, split, twins, in_flight, boxes = _PORTABLE_WARPS, 1, 1, 1, 0, 0
         if not isinstance(config, PortableConfig):
-            in_flight, boxes = config.in_flight, config.boxes
+            split, in_flight, boxes = config.split, config.in_flight, config.boxes
+            warps = _NARROW_WARPS + _PRODUCER_WARPS
             if isinstance(config, WideConfig):
-                warps, passes = config.warps + _PRODUCER_WARPS, config.passes
-            else:
-                warps, split = _NARROW_WARPS + _PRODUCER_WARPS, config.split
-        self._box_rows = config.tokens
-        self._strips = passes * grid.row_blocks
+                warps, passes, twins = config.warps + _PRODUCER_WARPS, config.passes, config.twins
+        row_blocks = -(-grid.row_blocks // twins) * twins
+        self._box_rows = config.tokens // twins
+        self._strips = passes * row_blocks
         self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
-        self._launch_shape = LaunchShape(config.ctas, warps * 32, config.shared_nbytes, split, dependent=self._hopper)
-        each, extra = divmod(self._strips * grid.chunks_k, config.ctas)
+        self._launch_shape = LaunchShape(
+            config.ctas, warps * 32, config.shared_nbytes, max(split, twins), dependent=self._hopper
+        )
+        each, extra = divmod(self._strips * grid.chunks_k // twins, config.ctas // twins)
         self._constants = _CONSTANTS.pack(
             grid.out_features,
             grid.in_features,
             grid.chunks_k,
-            grid.row_blocks,
+            row_blocks,
             self._strips,
             each,
             extra,
@@ -185,10 +187,11 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     }
     if isinstance(config, PortableConfig):
         return KernelSource("matmul_portable.cu", config.arch, tuple(defines.items()))
+    defines |= {"SPINFER_SPLIT": config.split}
     if isinstance(config, WideConfig):
-        defines |= {"SPINFER_WARPS": config.warps, "SPINFER_BANDS": config.bands}
+        defines |= {"SPINFER_WARPS": config.warps, "SPINFER_BANDS": config.bands, "SPINFER_TWINS": config.twins}
         return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))
-    return KernelSource("matmul_sm90.cu", "sm_90a", (*defines.items(), ("SPINFER_SPLIT", config.split)))
+    return KernelSource("matmul_sm90.cu", "sm_90a", tuple(defines.items()))
 
 
 def staged_source(grid: ChunkGrid, dtype: torch.dtype) -> KernelSource:

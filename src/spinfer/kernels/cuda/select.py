@@ -17,8 +17,12 @@ _NARROW_SCRATCH_NBYTES = 16 * 1024
 
 _WIDE_TILES = (48, 64, 96, 128, 192, 256)
 _FEW, _MANY = 64, 128
-"""Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64). Beyond _MANY 8 warps hold one
-tile each, and chunks of 64 rows gain nothing. Measured on an H100 at 60 %."""
+"""Up to _FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64; H100, 60 %). Beyond _MANY 8 warps
+hold one tile each, and chunks of 64 rows go to twins, or to passes of _MANY."""
+
+_TWIN_CHUNKS_A_CTA = 2
+"""Chunks of 64 rows a CTA from which twins are faster, all passes of 256 tokens counted. On an H200 at 60 % and 256
+tokens 4096 x 14336 takes 57 us instead of 77; 2048 x 4096, with 1.9 a CTA, 16.6 instead of 15.4."""
 
 _IN_FLIGHT = 2
 """Copies of the weight outstanding at a time; 1 and 3 are slower (docs/kernel.md)."""
@@ -39,8 +43,8 @@ _MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
 _SHARED_RESERVED_NBYTES = 1024
 """What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
-_MOST_HOPPER, _MOST_HOPPER_SHORT = 512, 448
-"""Most tokens of the fused kernels on Hopper; the second with chunks of 64 rows. Beyond, a weight is staged."""
+_MOST_HOPPER = 512
+"""Most tokens of the fused kernels on Hopper. Beyond, a weight is staged."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -62,8 +66,11 @@ _MOST_SHARES = 4
 
 _BARRIER_NBYTES = 1024
 
-_STORE_NBYTES = 1024
-"""What a warp of csrc/matmul_wide_sm90.cu writes y by way of: kStoreBytes."""
+_LINES_NBYTES = 4096
+"""What a warpgroup of csrc/matmul_wide_sm90.cu writes y by way of: kLinesBytes."""
+
+_WIDE_US, _WIDE_US_A_TOKEN, _WIDE_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 3.0
+"""Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 5.0e6, 2.4, 0.45, 40.0
 """Of an H100, and for what it decodes of an H200 too; see _split_pays and hopper_config."""
@@ -117,8 +124,10 @@ class WideConfig:
         tokens: columns of a pass, a compile-time constant.
         warps: that multiply, a compile-time constant.
         bands: of 16 rows that each of them takes, a compile-time constant.
+        split: CTAs of a cluster that share a row block along k; 1 for ranges of consecutive chunks.
+        twins: CTAs of a cluster that take row blocks one above the other and share the copies of x.
         passes: over the weight.
-        ctas: how many; each takes a range of consecutive chunks.
+        ctas: how many.
         boxes: blocks of 64 columns of x likewise; a multiple of the warps along k, and two for each at least.
         ring_at: where the weight is in shared memory, in bytes.
         ring_nbytes: how much of it.
@@ -129,6 +138,8 @@ class WideConfig:
     tokens: int
     warps: int
     bands: int
+    split: int
+    twins: int
     passes: int
     ctas: int
     boxes: int
@@ -250,7 +261,29 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     return busy >= _SPLIT_LEAST_BUSY and lost < _SPLIT_SAVES_US
 
 
-def wide_config(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> WideConfig:
+def _wide_split_pays(grid: ChunkGrid, tile: int, traits: DeviceTraits) -> bool:
+    """Whether pairs of CTAs, a row block each, are faster than ranges of chunks.
+
+    Measured on an H200 at 60 %, where a weight takes _WIDE_US and for each token _WIDE_US_A_TOKEN: 64 row blocks for 66
+    pairs are 1 to 6 % faster from 96 tokens on and 4 to 12 % at 64, 48 and 56 within 4 % either way.
+    """
+    pairs = traits.sm_count // 2
+    if grid.chunks_k < 2 or grid.row_blocks > pairs:
+        return False
+    us = grid.out_features * grid.in_features * (_WIDE_US + _WIDE_US_A_TOKEN * tile)
+    return us * (pairs / grid.row_blocks - 1) < _WIDE_SPLIT_SAVES_US
+
+
+def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
+    """Whether row blocks of 64 rows are better taken by two CTAs that share the copies of x."""
+    chunks = -(-tokens // _WIDE_TILES[-1]) * grid.chunks
+    enough = chunks >= _TWIN_CHUNKS_A_CTA * traits.sm_count >= 2 * _TWIN_CHUNKS_A_CTA
+    return grid.blocks_m == 2 and tokens > _MANY and enough
+
+
+def wide_config(
+    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None, twins: int | None = None
+) -> WideConfig:
     """Configuration of the kernel for more tokens.
 
     Args:
@@ -258,15 +291,26 @@ def wide_config(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) ->
         nnz: its nonzeros.
         tokens: N.
         traits: of the device.
+        split: of `WideConfig`, instead of the choice.
+        twins: likewise.
     """
-    tiles = [tile for tile in _WIDE_TILES if tile <= _MANY or grid.blocks_m > 2]
+    if twins is None:
+        twins = 2 if _twins_pay(grid, tokens, traits) else 1
+    tiles = [tile for tile in _WIDE_TILES if tile <= _MANY or grid.blocks_m > 2 or twins > 1]
     each = -(-tokens // -(-tokens // tiles[-1]))
     tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
     warps = 16 if tile <= _FEW else 8
     bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > _MANY else 2
-    warps_k = warps * bands // (2 * grid.blocks_m)
-    fixed = _BARRIER_NBYTES + max(_scratch_nbytes(grid, warps_k, tile), warps * _STORE_NBYTES if tile > _FEW else 0)
+    warps_m = 2 * grid.blocks_m // bands
+    warps_k = warps // warps_m
+    passes = -(-tokens // tile)
+    if split is None:
+        split = 2 if passes == twins == 1 and _wide_split_pays(grid, tile, traits) else 1
+    # Two warps along k with more than _FEW tokens end a segment together: see finish_bytes of csrc/wide_finish.cuh.
+    finishing = warps if warps_k == 2 and tile > _FEW else warps_m
+    sums = max(_scratch_nbytes(grid, warps_k, tile), finishing // 4 * _LINES_NBYTES) if split == 1 else 0
+    fixed = _BARRIER_NBYTES + sums
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
     four_fit = grid.blocks_m > 2 and room - 4 * box >= _CHUNKS_WANTED * chunk
@@ -277,13 +321,15 @@ def wide_config(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) ->
     boxes = max(4, 2 * warps_k, min(12, (room - wanted) // box)) // warps_k * warps_k
     ring_at = fixed + boxes * box
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
-    passes = -(-tokens // tile)
+    strips = passes * -(-grid.row_blocks // twins)  # of twins
     return WideConfig(
         tokens=tile,
         warps=warps,
         bands=bands,
+        split=split,
+        twins=twins,
         passes=passes,
-        ctas=min(traits.sm_count, passes * grid.chunks),
+        ctas=twins * min(traits.sm_count // twins, strips * grid.chunks_k) if split == 1 else split * grid.row_blocks,
         boxes=boxes,
         ring_at=ring_at,
         ring_nbytes=ring,
@@ -383,7 +429,7 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
         traits: of the device.
     """
     hopper = traits.capability == (9, 0)
-    if same_dtype and hopper and tokens <= (_MOST_HOPPER_SHORT if grid.blocks_m == 2 else _MOST_HOPPER):
+    if same_dtype and hopper and tokens <= _MOST_HOPPER:
         config_of = hopper_config if tokens <= _MAX_NARROW else wide_config
         return Fused(tokens, (config_of(grid, nnz, tokens, traits),))
     if same_dtype and not hopper and tokens <= _MOST_PORTABLE:

@@ -175,6 +175,87 @@ struct XCopy {
   }
 };
 
+template <int kBandsAWarp>
+__device__ __forceinline__ void store(const MatmulArgs& p, const float (&acc)[kBandsAWarp][kTiles][4], i32 strip, int band, int lane) {
+  const i32 row = row_block_of(p, strip) * kChunkRows + band * 16, token = first_token_of(p, strip);
+#pragma unroll
+  for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      store_fragment(p, row + r * 16, token + n * 8, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]), lane);
+      asm volatile("" ::: "memory");  // keeps the compiler from loading all biases first, and spilling
+    }
+}
+
+// Sums the partials of a strip in the order of the ranges and writes y. All consumer threads call it.
+template <int kThreads>
+__device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, int thread) {
+  const Partials partials(p, strip);
+  const i32 row = row_block_of(p, strip) * kChunkRows, token = first_token_of(p, strip);
+  constexpr int kVectors = kPartialVectors % kThreads ? 1 : kPartialVectors / kThreads;
+  constexpr int kParts = 2;  // what is in flight at a time
+#pragma unroll 1
+  for (int i = thread; i < kPartialVectors; i += kVectors * kThreads) {
+    float4 sum[kVectors] = {};
+#pragma unroll 1
+    for (int j = 0; j < partials.count; j += kParts) {
+      float4 v[kParts][kVectors] = {};
+#pragma unroll
+      for (int q = 0; q < kParts; q++)
+        if (j + q < partials.count)
+#pragma unroll
+          for (int u = 0; u < kVectors; u++) v[q][u] = __ldcg(partials.of(j + q) + i + u * kThreads);
+#pragma unroll
+      for (int q = 0; q < kParts; q++)
+#pragma unroll
+        for (int u = 0; u < kVectors; u++) add(sum[u], v[q][u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kVectors; u++) {
+      const int fragment = (i + u * kThreads) >> 5;
+      store_fragment(p, row + fragment / kTiles * 16, token + fragment % kTiles * 8, sum[u], thread & 31);
+    }
+  }
+}
+
+// Whether this CTA is the last to have left its partial of a strip. All consumer threads call it.
+template <int kThreads>
+__device__ __forceinline__ bool last_to_arrive(const MatmulArgs& p, i32 strip, u32 flag, int thread) {
+  const i32 first = first_unit(p, strip);
+  named_barrier<1>(kThreads);
+  if (thread == 0) {
+    const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
+    u32 before;
+    // Releases what all threads wrote before the barrier, and acquires what the other CTAs released.
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + strip) : "memory");
+    const bool last = before == parts - 1;
+    if (last) p.arrivals[strip] = 0;
+    sts_u32(flag, last);
+  }
+  named_barrier<1>(kThreads);
+  return lds_u32(flag);
+}
+
+// Ends a segment without kSplit: adds up, and writes y or leaves a partial. All consumer threads call it.
+template <int kWarpsK, int kBandsAWarp>
+__device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch,
+                                               u32 flag, int band, int warp_k, int lane) {
+  constexpr int kThreads = kBands / kBandsAWarp * kWarpsK * 32;
+  const int thread = (warp_k * (kBands / kBandsAWarp) + band / kBandsAWarp) * 32 + lane;
+  const Range range = own_range(p);
+  const bool whole = covers(p, range, strip);
+  sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, warp_k, lane, kThreads);
+  if (warp_k == 0) {
+    if (whole) {
+      store(p, acc, strip, band, lane);
+    } else {
+      leave_partial<kTiles>(partial_of(p, range, strip) + fragment_index(band, 0, lane), acc);
+    }
+  }
+  clear(acc);
+  if (!whole && last_to_arrive<kThreads>(p, strip, flag, thread)) reduce_partials<kThreads>(p, strip, thread);
+}
+
 // More accumulators do not leave room for the registers of two CTAs.
 extern "C" __global__ void __launch_bounds__(kThreads, kTokens > 16 ? 1 : 2) spinfer_matmul(const __grid_constant__ MatmulArgs p) {
   extern __shared__ __align__(1024) u8 memory[];

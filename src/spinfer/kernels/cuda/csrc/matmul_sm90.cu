@@ -252,19 +252,30 @@ struct Consumer {
   __device__ __forceinline__ void store_own(i32 strip, int f, const float4& sum) const {
     store_fragment(p, row_block_of(p, strip) * kChunkRows + f % kBands * 16, first_token_of(p, strip) + f / kBands * 8, sum, lane());
   }
-  // Ends a segment without kSplit.
+  // Ends a segment without kSplit: as finish_range of wide_finish.cuh does.
   __device__ __forceinline__ void finish_range(i32 strip) {
+    const Range range = own_range(p);
+    const bool whole = covers(p, range, strip);
+    u32* const word = p.arrivals + strip;
+    u32 earlier = 0;
+    if (thread == 0 && !whole) earlier = come(word);
     float4 own[kOwn];
     sum_own(own);
-    const Range range = range_at(p, static_cast<i32>(blockIdx.x));
-    if (!covers(p, range, strip)) {
-      each_own([&](int i, int f) { __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]); });
-      if (!last_to_arrive<kConsumers>(p, strip, start + kFlag, thread)) return;
+    if (!whole) {
       const Partials partials(p, strip);
+      if (thread == 0) sts_u32(start + kFlag, take_turn(word, earlier, partials.count));
+      named_barrier<1>(kConsumers);
+      if (!lds_u32(start + kFlag)) {
+        each_own([&](int i, int f) { __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]); });
+        named_barrier<1>(kConsumers);
+        if (thread == 0) leave(word);
+        return;
+      }
+      const int mine = range.index - partials.first;
       each_own([&](int i, int f) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
-        for (int j = 0; j < partials.count; j++) add(sum, __ldcg(partials.of(j) + f * 32 + lane()));
+        for (int j = 0; j < partials.count; j++) add(sum, j == mine ? own[i] : __ldcg(partials.of(j) + f * 32 + lane()));
         own[i] = sum;
       });
     }

@@ -11,6 +11,7 @@
 #include "matmul.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
+#include "wide_finish.cuh"
 
 #ifndef SPINFER_WARPS
 #define SPINFER_WARPS 8
@@ -35,8 +36,7 @@ constexpr int kMaxBoxes = 16;
 constexpr u32 kBoxLanded = kFree, kBoxEmpty = kBoxLanded + 8 * kMaxBoxes;
 constexpr u32 kFlag = kBoxEmpty + 8 * kMaxBoxes;
 constexpr u32 kScratch = 1024;
-constexpr u32 kAddBytes = scratch_bytes(kWarpsK), kStoresBytes = kByBands ? kConsumerWarps * kStoreBytes : 0;
-constexpr u32 kX = kScratch + (kAddBytes > kStoresBytes ? kAddBytes : kStoresBytes);  // 1024-byte aligned, for the swizzle
+constexpr u32 kX = kScratch + finish_bytes<kWarpsM, kWarpsK>();  // 1024-byte aligned, for the swizzle
 static_assert(kFlag + 16 <= kScratch && kX % 1024 == 0);
 
 // Copies the boxes of x that go with each chunk, in the order in which consumers use them: warp_k fastest.
@@ -55,16 +55,39 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
         const u32 landed = start + kBoxLanded + 8 * slot;
         const int column = place.k * kChunkCols + (b % kWarpsK * kBlocksAWarp + b / kWarpsK) * kBlockCols;
         mbarrier_expect(landed, kBoxBytes);
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-            " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + slot * kBoxBytes),
-            "l"(map), "r"(column), "r"(token), "r"(landed), "l"(kEvictLast)
-            : "memory");
+        const u32 box = start + kX + slot * kBoxBytes;
+        if constexpr (kTwins > 1) {
+          const u32 twin = blockIdx.x % kTwins;
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+              " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(box + twin * (kBoxBytes / kTwins)),
+              "l"(map), "r"(column), "r"(token + static_cast<i32>(twin) * (kTokens / kTwins)), "r"(landed),
+              "h"(static_cast<u16>((1 << kTwins) - 1)), "l"(kEvictLast)
+              : "memory");
+        } else {
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+              " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(box),
+              "l"(map), "r"(column), "r"(token), "r"(landed), "l"(kEvictLast)
+              : "memory");
+        }
       }
       __syncwarp();
       if (++slot == p.boxes) slot = 0, parity ^= 1;
     }
-    if (++place.k == work.k_end()) place = {place.strip + 1, 0};
+    if (++place.k == work.k_end()) place = {place.strip + work.strip_step, 0};
+  }
+}
+// Gives a box back, to the twin's copying warp too.
+__device__ __forceinline__ void give_box_back(u32 barrier, int lane) {
+  if constexpr (kTwins > 1) {
+#pragma unroll
+    for (int q = 0; q < (SPINFER_EVERY_LANE_ARRIVES ? kTwins : 1); q++) {
+      const int twin = SPINFER_EVERY_LANE_ARRIVES ? q : lane;
+      if (twin < kTwins) mbarrier_arrive_remote(in_cta(barrier, twin));
+    }
+  } else {
+    give_back_to(barrier, lane);
   }
 }
 
@@ -102,7 +125,7 @@ struct Consumer {
   __device__ __forceinline__ void load_next(u32 chunk, int index, bool there) {
     const u32 header = there ? lds_u32(chunk + index * 4) : 0;
     const u32 at = there ? chunk + kHeaderBytes + index * 256 + lane * 8 : 0;
-    const u32 values = (there ? chunk : 0) + kValuesAt;
+    const u32 values = (there ? chunk : start) + kValuesAt;  // 0 would be an address of the cluster's first CTA
     if constexpr (kBandsAWarp == 2) {
       const uint2 masks = there ? lds_v2(at) : make_uint2(0, 0);
       next.tiles.mask[0] = masks.x;
@@ -130,7 +153,7 @@ struct Consumer {
   __device__ __forceinline__ void give_back() {
     __syncwarp();
     if (box_held) {
-      give_back_to(box_held, lane);
+      give_box_back(box_held, lane);
       box_held = 0;
     }
     if (slot_held) {
@@ -189,7 +212,9 @@ struct Consumer {
         give_back();
         if (note.flags & kEndOfSegment) {
           wait_for_predecessor();  // it may still use the partials, or read y
-          finish_segment<kWarpsK>(p, acc, note.strip, start + kScratch, start + kFlag, warp_m * kBandsAWarp, warp_k, lane);
+          const WarpPlace place{warp_m, warp_k, lane};
+          if constexpr (kSplit > 1) return finish_split<kWarpsM, kWarpsK>(p, acc, note.strip, start + kX, place);
+          finish_range<kWarpsM, kWarpsK>(p, acc, note.strip, start + kScratch, start + kFlag, place);
         }
         mbarrier_wait(start + kLanded + kSlotStride * slot, parity);
         if (read_note(start + kNotes + kSlotStride * slot).flags & kEndOfWork) return;
@@ -213,11 +238,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     }
     for (int i = 0; i < p.boxes; i++) {
       mbarrier_init(start + kBoxLanded + 8 * i, 1);
-      mbarrier_init(start + kBoxEmpty + 8 * i, kArrivals * kWarpsM);
+      mbarrier_init(start + kBoxEmpty + 8 * i, kArrivals * kWarpsM * kTwins);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if constexpr (kTwins > 1) cluster_arrive();
   if (warp >= kConsumerWarps) {
     const Work work(p);
     WeightProducer producer(p, start, work, lane);
@@ -226,11 +252,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (warp == kConsumerWarps) producer.run();
+    if constexpr (kTwins > 1) {
+      __syncwarp();
+      cluster_wait();  // the twin's barriers are ready
+    }
     if (warp == kConsumerWarps + 1) produce_x(p, &args.x_map, start, work, lane);
   } else {
     cta_barrier();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    if constexpr (kTwins > 1) cluster_wait();
     Consumer(p, start, warp, lane).run();
+    if constexpr (kTwins > 1) {
+      __syncwarp();
+      cluster_arrive();  // until the twin has given everything back
+      cluster_wait();
+    }
   }
 }

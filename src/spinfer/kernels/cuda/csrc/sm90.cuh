@@ -49,8 +49,14 @@ __device__ __forceinline__ u32 in_cta(u32 address, u32 rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
   return mapped;
 }
+__device__ __forceinline__ float4 lds_float4_of_cluster(u32 mapped) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(mapped) : "memory");
+  return v;
+}
+// Tells another CTA that something has been read: a release of cluster scope would wait for all that the warp has under way.
 __device__ __forceinline__ void mbarrier_arrive_remote(u32 mapped) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -81,7 +87,9 @@ struct WeightProducer {
   // What the 32 chunks from the i-th on need, one a lane. Each load serves 31: issuing a chunk takes the next one's size.
   __device__ __forceinline__ void load_offsets(i32 i) {
     const Place place = work.at(min(i + lane, work.count - 1));
-    const i32 chunk = row_block_of(p, place.strip) * p.chunks_k + place.k;
+    // With an odd number of row blocks the last one's twin multiplies with it too, for rows that are not there.
+    const i32 row_block = kTwins == 1 ? row_block_of(p, place.strip) : min(row_block_of(p, place.strip), (p.out_features - 1) / kChunkRows);
+    const i32 chunk = row_block * p.chunks_k + place.k;
     offset = __ldg(p.offsets + chunk);
     offset_next = __ldg(p.offsets + chunk + 1);
     strip = static_cast<u32>(place.strip) | (i + lane + 1 >= work.count || place.k + 1 == work.k_end() ? 1u << 31 : 0);

@@ -1,0 +1,264 @@
+// How the sums of matmul_wide_sm90.cu become y: added up over the warps along k and the CTAs that share a strip, then written in
+// whole lines.
+#pragma once
+#include "common.cuh"
+#include "layout.cuh"
+#include "matmul.cuh"
+#include "sm90.cuh"
+
+// Which sums a warp has: kBandsAWarp bands of 16 rows, from warp_m kBandsAWarp on, of the columns that are warp_k's.
+struct WarpPlace {
+  int warp_m, warp_k, lane;
+};
+
+// Whether the two warps along k that have sums of the same rows end a segment together, half of the tokens each.
+template <int kWarpsM, int kWarpsK>
+constexpr bool kHalves = kWarpsK == 2 && kTokens > 64;
+constexpr int kBarrierOfSums = 2, kBarrierOfGroup = 3;  // the second and the next three: a warpgroup each
+constexpr u32 kLinesBytes = 4096;  // two buffers of a warpgroup
+// Writes 64 kEach rows x 16 / kEach tokens of y by way of shared memory. A warpgroup calls it; warp w of it has, for lane 4 g + t,
+// rows g, g, g + 8, g + 8 and tokens 2 t, 2 t + 1, likewise, of two fragments: of bands 2 w and 2 w + 1, or, with kEach 1, of band w
+// and of 8 tokens and the next 8. `buffer` alternates between two, so that one barrier is enough.
+template <int kEach>
+__device__ __forceinline__ void store_lines(const MatmulArgs& p, i32 row, i32 token, i32 end, const float4 (&v)[2],
+                                            const float2 (&bias)[kEach], u32 buffer, int warp, int lane) {
+  const int matrix = lane >> 3, in_matrix = lane & 7, in_group = warp & 3;
+  constexpr int kPieces = 8 * kEach;  // 16 bytes of a line
+  u32 words[4];
+#pragma unroll
+  for (int q = 0; q < 2; q++) {
+    const float2 b = bias[q % kEach];
+    words[2 * q] = static_cast<u32>(to_value(v[q].x + b.x)) | static_cast<u32>(to_value(v[q].y + b.x)) << 16;
+    words[2 * q + 1] = static_cast<u32>(to_value(v[q].z + b.y)) | static_cast<u32>(to_value(v[q].w + b.y)) << 16;
+  }
+  const int line = kEach == 2 ? in_matrix : matrix / 2 * 8 + in_matrix;
+  const int piece = kEach == 2 ? in_group * 4 + matrix : in_group * 2 + matrix % 2;
+  stmatrix_x4_transposed(buffer + (line * kPieces + (piece ^ in_matrix)) * 16, words);
+  asm volatile("bar.sync %0, 128;" ::"r"(kBarrierOfGroup + (warp >> 2)) : "memory");
+  const int place = in_group * 32 + lane, t = place / kPieces, at = place % kPieces;
+  const uint4 values = lds_v4(buffer + (t * kPieces + (at ^ (t & 7))) * 16);
+  if (token + t < end) store_eight(p.y + static_cast<i64>(token + t) * p.out_features, values, row + at * 8, p.out_features);
+}
+// Of rows g and g + 8 of a band.
+__device__ __forceinline__ float2 bias_of(const MatmulArgs& p, i32 band_row, int lane) {
+  const i32 m = band_row + (lane >> 2);
+  return {p.bias && m < p.out_features ? to_float(p.bias[m]) : 0.f, p.bias && m + 8 < p.out_features ? to_float(p.bias[m + 8]) : 0.f};
+}
+
+// Adds the partials of the other ranges, as if all were added in the order of the ranges; `mine` is this CTA's place among them.
+template <int kOwn, int kBandsAWarp>
+__device__ __forceinline__ void add_partials(float (&acc)[kBandsAWarp][kTiles][4], const Partials& partials, int mine, int fragment) {
+  // Tiles in flight at a time, as many as registers allow.
+  constexpr int kMost = (kTiles <= 8 ? 3 : kOwn > 16 ? 8 : 16) / kBandsAWarp, kStep = kOwn < kMost ? kOwn : kMost;
+#pragma unroll
+  for (int n0 = 0; n0 < kOwn; n0 += kStep) {
+    constexpr int kAtOnce = kBandsAWarp * kStep;
+    auto at = [&](i32 j, int i) { return partials.of(j) + fragment + (i / kStep * kTiles + n0 + i % kStep) * 32; };
+    float4 v[kAtOnce];
+    auto load = [&](i32 j) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (n0 + i % kStep < kOwn) v[i] = __ldcg(at(j, i));
+    };
+    auto add_to_own = [&]() {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        if (n0 + i % kStep >= kOwn) continue;
+        float(&c)[4] = acc[i / kStep][n0 + i % kStep];
+        c[0] += v[i].x;
+        c[1] += v[i].y;
+        c[2] += v[i].z;
+        c[3] += v[i].w;
+      }
+    };
+    if (mine > 0) {
+      load(0);
+#pragma unroll 1
+      for (int j = 1; j < mine; j++)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+          if (n0 + i % kStep < kOwn) add(v[i], __ldcg(at(j, i)));
+      add_to_own();
+    }
+#pragma unroll 1
+    for (int j = mine + 1; j < partials.count; j++) {
+      load(j);
+      add_to_own();
+    }
+    asm volatile("" ::: "memory");
+  }
+}
+template <int kOwn, int kBandsAWarp>
+__device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&acc)[kBandsAWarp][kTiles][4], i32 row, i32 token, u32 lines,
+                                           int warp, int lane) {
+  const int band = warp % 4 * kBandsAWarp;
+  float2 bias[kBandsAWarp];
+#pragma unroll
+  for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(p, row + (band + r) * 16, lane);
+  auto vector = [&](int r, int n) { return make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]); };
+  constexpr int kStep = 2 / kBandsAWarp;
+  static_assert(kOwn % kStep == 0);
+#pragma unroll
+  for (int n = 0; n < kOwn; n += kStep) {
+    const float4 v[2] = {vector(0, n), kBandsAWarp == 2 ? vector(kBandsAWarp - 1, n) : vector(0, n + kStep - 1)};
+    store_lines<kBandsAWarp>(p, row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
+  }
+}
+
+// Two warps along k exchange halves of their sums: each has the sum of its half of the tokens afterwards, in the first tiles.
+constexpr int kExchanged = kBands == 4 ? 2 : 1;  // tiles at a time: 8 KB in all
+__device__ constexpr u32 exchange_bytes() { return 2 * kBands * kExchanged * 512; }
+template <int kBandsAWarp>
+__device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
+  constexpr int kHalf = kTiles / 2;
+  auto at = [&](int to, int r, int j) { return scratch + (((to * kBands + band + r) * kExchanged + j) * 32 + lane) * 16; };
+#pragma unroll
+  for (int n0 = 0; n0 < kHalf; n0 += kExchanged) {
+    named_barrier<1>(threads);  // `scratch` is free
+#pragma unroll
+    for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+      for (int j = 0; j < kExchanged; j++) {
+        u32 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = __float_as_uint(warp_k ? acc[r][n0 + j][i] : acc[r][kHalf + n0 + j][i]);
+        sts_v4(at(1 - warp_k, r, j), v[0], v[1], v[2], v[3]);
+      }
+    named_barrier<1>(threads);
+#pragma unroll
+    for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+      for (int j = 0; j < kExchanged; j++) {
+        const float4 v = lds_float4(at(warp_k, r, j));
+        float(&c)[4] = acc[r][n0 + j];
+        const float(&other)[4] = acc[r][kHalf + n0 + j];
+        c[0] = (warp_k ? other[0] : c[0]) + v.x;
+        c[1] = (warp_k ? other[1] : c[1]) + v.y;
+        c[2] = (warp_k ? other[2] : c[2]) + v.z;
+        c[3] = (warp_k ? other[3] : c[3]) + v.w;
+      }
+  }
+}
+
+// Bytes of shared memory that finish_range needs; finish_split has all that x and the weight had.
+template <int kWarpsM, int kWarpsK>
+__device__ constexpr u32 finish_bytes() {
+  if (kSplit > 1) return 0;
+  constexpr bool kShared = kHalves<kWarpsM, kWarpsK>;
+  constexpr u32 kSums = kShared ? exchange_bytes() : scratch_bytes(kWarpsK);
+  constexpr u32 kLines = kWarpsM * (kShared ? kWarpsK : 1) / 4 * kLinesBytes;
+  return kSums > kLines ? kSums : kLines;
+}
+
+// Ends a segment of a range. CTAs leave partial sums but for the last that comes to the end of the strip: it adds them to its own,
+// in the order of the ranges, and writes y. It waits for CTAs that have come there, which wait for nobody; never for one that may
+// not have started. All consumer warps call it.
+template <int kWarpsM, int kWarpsK, int kBandsAWarp>
+__device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 flag,
+                                             const WarpPlace& place) {
+  constexpr bool kShared = kHalves<kWarpsM, kWarpsK>;  // warps along k share what follows
+  constexpr int kOwn = kShared ? kTiles / 2 : kTiles, kThreads = kWarpsM * kWarpsK * 32, kFinishing = kShared ? kThreads : kWarpsM * 32;
+  const int lane = place.lane, band = place.warp_m * kBandsAWarp, tile = kShared ? place.warp_k * kOwn : 0;
+  const bool leader = place.warp_k == 0 && place.warp_m == 0 && lane == 0;
+  const Range range = own_range(p);
+  const bool whole = covers(p, range, strip);
+  u32* const word = p.arrivals + strip;
+  u32 earlier = 0;
+  if (leader && !whole) earlier = come(word);
+  if constexpr (kShared) {
+    exchange<kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
+  } else {
+    sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
+  }
+  if (kShared || place.warp_k == 0) {
+    const Partials partials(p, strip);
+    const int fragment = fragment_index(band, tile, lane);
+    bool last = true;
+    if (!whole) {
+      flag += 4 * is_second(p, range, strip);  // each is written once: nothing else keeps it until all have read it
+      if (leader) sts_u32(flag, take_turn(word, earlier, partials.count));
+      named_barrier<kBarrierOfSums>(kFinishing);
+      last = lds_u32(flag);
+    } else if constexpr (kWarpsK > 1) {
+      named_barrier<kBarrierOfSums>(kFinishing);  // `scratch` has been read
+    }
+    if (last) {
+      if (partials.count > 1) add_partials<kOwn, kBandsAWarp>(acc, partials, range.index - partials.first, fragment);
+      const int warp = tile ? kWarpsM + place.warp_m : place.warp_m;
+      store_sums<kOwn, kBandsAWarp>(p, acc, row_block_of(p, strip) * kChunkRows + place.warp_m / 4 * 64 * kBandsAWarp,
+                                    first_token_of(p, strip) + tile * 8, scratch + warp / 4 * kLinesBytes, warp, lane);
+    } else {
+      leave_partial<kOwn>(partial_of(p, range, strip) + fragment, acc);
+      named_barrier<kBarrierOfSums>(kFinishing);
+      if (leader) leave(word);
+    }
+  }
+  // Not clear(): the compiler would set other registers to zero beforehand, and spill these.
+#pragma unroll
+  for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+    for (int n = 0; n < kTiles; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) asm volatile("mov.f32 %0, 0f00000000;" : "+f"(acc[r][n][i]));
+}
+
+// Ends the work of a CTA of a pair, which is one segment. Both leave their sums at `sums`, where x and the weight were; each adds
+// those of half of the tokens and writes them. All consumer warps call it.
+template <int kWarpsM, int kWarpsK, int kBandsAWarp>
+__device__ __forceinline__ void finish_split(const MatmulArgs& p, const float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 sums,
+                                             const WarpPlace& place) {
+  constexpr int kWarps = kWarpsM * kWarpsK, kHalf = kTiles / 2;
+  constexpr int kAtOnce = kWarps == 8 && kHalf % 4 == 0 ? 4 : 2, kSteps = (kHalf + kAtOnce - 1) / kAtOnce;
+  static_assert(kTiles % 2 == 0);
+  const u32 rank = blockIdx.x % kSplit, others = in_cta(sums, rank ^ 1);
+  const int lane = place.lane, warp = place.warp_k * kWarpsM + place.warp_m;
+  named_barrier<1>(kWarps * 32);  // all of x and the weight has been read
+  const u32 own = sums + (place.warp_k * kPartialVectors + fragment_index(place.warp_m * kBandsAWarp, 0, lane)) * 16;
+#pragma unroll
+  for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      const float(&c)[4] = acc[r][n];
+      sts_v4(own + (r * kTiles + n) * 512, __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3]));
+    }
+  cluster_arrive();
+  cluster_wait();
+  auto sum_of = [&](int band, int n) {
+    const u32 at = fragment_index(band, n, lane) * 16;
+    float4 here[kWarpsK], there[kWarpsK];
+#pragma unroll
+    for (int k = 0; k < kWarpsK; k++) {
+      here[k] = lds_float4(sums + at + k * kPartialVectors * 16);
+      there[k] = lds_float4_of_cluster(others + at + k * kPartialVectors * 16);
+    }
+#pragma unroll
+    for (int k = 1; k < kWarpsK; k++) {
+      add(here[0], here[k]);
+      add(there[0], there[k]);
+    }
+    add(here[0], there[0]);
+    return here[0];
+  };
+  const i32 rows = row_block_of(p, strip) * kChunkRows, token = first_token_of(p, strip);
+  const int first = static_cast<int>(rank) * kHalf;
+  const i32 end = min(p.tokens, token + (first + kHalf) * 8);
+  const u32 buffer = sums + kWarpsK * kPartialFloats * 4 + warp / 4 * kLinesBytes;
+  u32 turn = 0;
+#pragma unroll 1
+  for (int i = warp / 4; i < kBands / 4 * kSteps; i += kWarps / 4) {
+    const int group = i / kSteps * 4, band = group + warp % 4, n = first + i % kSteps * kAtOnce;
+    const float2 bias[1] = {bias_of(p, rows + band * 16, lane)};
+    // With an odd number of tiles the last of them is alone; what comes after it, or is there twice, lies beyond `end`.
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j++) v[j] = sum_of(band, min(n + j, kTiles - 1));
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j += 2) {
+      const float4 two[2] = {v[j], v[j + 1]};
+      store_lines<1>(p, rows + group * 16, token + (n + j) * 8, end, two, bias, buffer + turn, warp, lane);
+      turn ^= kLinesBytes / 2;
+    }
+  }
+  cluster_arrive();  // until the other CTA has read its part
+  cluster_wait();
+}
