@@ -13,8 +13,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install --quiet --editable '.[demo,test,quality,bench]'
 	touch $@
 
+# The oldest NVRTC that is supported, which refuses most: 13.5 takes lambdas that 13.0, installed with torch 2.11, does not.
 $(VENV)/.cuda: $(VENV)/.installed
-	$(PY) -m pip install --quiet --editable '.[cuda]'
+	$(PY) -m pip install --quiet --editable '.[cuda]' 'nvidia-cuda-nvrtc==13.0.*'
 	touch $@
 
 demo: $(VENV)/.installed

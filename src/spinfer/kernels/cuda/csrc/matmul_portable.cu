@@ -256,8 +256,13 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
   if (!whole && last_to_arrive<kThreads>(p, strip, flag, thread)) reduce_partials<kThreads>(p, strip, thread);
 }
 
-// More accumulators do not leave room for the registers of two CTAs.
-extern "C" __global__ void __launch_bounds__(kThreads, kTokens > 16 ? 1 : 2) spinfer_matmul(const __grid_constant__ MatmulArgs p) {
+// Up to 16 tokens two CTAs share an SM, unless its shared memory (100 KB on 8.6, 8.9 and 12) holds only one.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kCtas = 1;
+#else
+constexpr int kCtas = kTokens > 16 ? 1 : 2;
+#endif
+extern "C" __global__ void __launch_bounds__(kThreads, kCtas) spinfer_matmul(const __grid_constant__ MatmulArgs p) {
   extern __shared__ __align__(1024) u8 memory[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m = warp % kWarpsM, warp_k = warp / kWarpsM;

@@ -114,7 +114,6 @@ struct WeightProducer {
     const i32 begin = __shfl_sync(~0u, offset, from);
     const u32 of_strip = __shfl_sync(~0u, strip, from);
     const u32 bytes = bytes_of(from);
-    const u32 following = bytes_of(from + 1);
     // With all slots issued at once the first chunk lands only when nearly all of them have (10 us instead of 3.9).
     if (i >= p.in_flight) limit_in_flight();
     if (at + bytes > static_cast<u32>(p.ring)) {
@@ -125,6 +124,7 @@ struct WeightProducer {
       if (lane == (slot ? slot : kSlots) - 1) slot_end = head;
     }
     while (held >= kSlots || head + bytes - tail > static_cast<u32>(p.ring)) wait_released();
+    const u32 following = bytes_of(from + 1);
     const u32 next_at = at + bytes + following <= static_cast<u32>(p.ring) ? at + bytes : 0;
     // Consumers open a chunk before they give back the one before it; they must not if the ring cannot hold both, or if there
     // is none.
