@@ -36,7 +36,7 @@ PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")]
 VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
 VLLM_PDL = RESULTS / "h100" / "vllm_pdl.json"
-VLLM_H200 = RESULTS / "h200" / "vllm.json"
+VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b")]
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
@@ -162,9 +162,15 @@ def vllm_pdl() -> str:
 
 
 def vllm_h200() -> str:
-    """The same on another card."""
-    result = json.loads(VLLM_H200.read_text())
-    return linked(f"{result['device']}, vLLM {result['vllm']}:\n\n{vllm_report.speed(result)}", VLLM_H200)
+    """The same on another card, and where the time goes."""
+    result = vllm_report.together([json.loads(file.read_text()) for file in VLLM_H200])
+    tables = [vllm_report.speed(result), *(_breakdown(result, what) for what in ("step", "first"))]
+    return linked("\n\n".join([f"{result['device']}, vLLM {result['vllm']}:", *tables]), *VLLM_H200)
+
+
+def _breakdown(result: dict[str, Any], what: str) -> str:
+    name = {"step": "a step of decoding", "first": "the first token"}[what]
+    return f"Of {name}, microseconds:\n\n{vllm_report.breakdown(result, what, batches=(1, 16, 32))}"
 
 
 def vllm_cpu() -> str:
