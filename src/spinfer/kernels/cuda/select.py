@@ -69,7 +69,7 @@ _BARRIER_NBYTES = 1024
 _LINES_NBYTES = 4096
 """What a warpgroup of csrc/matmul_wide_sm90.cu writes y by way of: kLinesBytes."""
 
-_WIDE_US, _WIDE_US_A_TOKEN, _WIDE_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 3.0
+_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 3.0
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 5.0e6, 2.4, 0.45, 40.0
@@ -265,13 +265,14 @@ def _wide_split_pays(grid: ChunkGrid, tile: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs, a row block each, are faster than ranges of chunks.
 
     Measured on an H200 at 60 %, where a weight takes _WIDE_US and for each token _WIDE_US_A_TOKEN: 64 row blocks for 66
-    pairs are 1 to 6 % faster from 96 tokens on and 4 to 12 % at 64, 48 and 56 within 4 % either way.
+    pairs are 1 to 6 % faster from 96 tokens on and 4 to 12 % at 64; 48 and 56 are 0 to 6 % faster at 64 and within 4 %
+    either way beyond, 40 (5120 x 5120) slower at all.
     """
     pairs = traits.sm_count // 2
     if grid.chunks_k < 2 or grid.row_blocks > pairs:
         return False
     us = grid.out_features * grid.in_features * (_WIDE_US + _WIDE_US_A_TOKEN * tile)
-    return us * (pairs / grid.row_blocks - 1) < _WIDE_SPLIT_SAVES_US
+    return us * (pairs / grid.row_blocks - 1) < (_FEW_SPLIT_SAVES_US if tile <= _FEW else _MANY_SPLIT_SAVES_US)
 
 
 def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
