@@ -5,6 +5,9 @@
 // the columns of a chunk, they take turns with the boxes.
 //
 // The prefix sums of a block are made in stages, behind the wgmmas of each step of the block before.
+//
+// CTAs have a range of chunks each, or are pairs (kSplit) or twins (kTwins): see matmul.cuh. In a cluster the shared addresses of
+// all CTAs but the first have high bits set, so that none may be made up: 0 is the first one's.
 #include "common.cuh"
 #include "decode_scan.cuh"
 #include "layout.cuh"
@@ -125,7 +128,7 @@ struct Consumer {
   __device__ __forceinline__ void load_next(u32 chunk, int index, bool there) {
     const u32 header = there ? lds_u32(chunk + index * 4) : 0;
     const u32 at = there ? chunk + kHeaderBytes + index * 256 + lane * 8 : 0;
-    const u32 values = (there ? chunk : start) + kValuesAt;  // 0 would be an address of the cluster's first CTA
+    const u32 values = (there ? chunk : start) + kValuesAt;
     if constexpr (kBandsAWarp == 2) {
       const uint2 masks = there ? lds_v2(at) : make_uint2(0, 0);
       next.tiles.mask[0] = masks.x;
