@@ -69,9 +69,9 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
             assert config.ring_nbytes >= MAX_CHUNK_NBYTES, "a dense chunk must fit, however sparse the rest"
             assert config.ring_at + config.ring_nbytes == config.shared_nbytes
             assert 1 <= config.in_flight <= 8
+            assert config.split <= grid.chunks_k, "each CTA of a cluster has chunks"
         if isinstance(config, HopperConfig):
             assert config.ctas % config.split == 0
-            assert config.split <= grid.chunks_k, "each CTA of a cluster has chunks"
             assert config.boxes in (2, 4, 8), "the weight's slots tell when boxes are free, and which is whose"
             if config.split > 1:
                 assert config.ctas // config.split <= grid.row_blocks, "each cluster has a row block"
@@ -80,7 +80,6 @@ def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: in
             assert config.boxes <= 16
             assert config.split == 1 or config.twins == 1, "a cluster is of two"
             if config.split > 1:
-                assert config.split <= grid.chunks_k, "each CTA of a pair has chunks"
                 assert config.ctas == config.split * grid.row_blocks, "each pair has one segment"
                 assert config.passes == 1
         else:

@@ -51,6 +51,23 @@ __device__ __forceinline__ void sts_v2(u32 address, u32 x, u32 y) {
 __device__ __forceinline__ void sts_v4(u32 address, u32 x, u32 y, u32 z, u32 w) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
+// Of four accumulators that lie side by side.
+__device__ __forceinline__ float4 as_float4(const float (&c)[4]) { return make_float4(c[0], c[1], c[2], c[3]); }
+__device__ __forceinline__ void sts_float4(u32 address, const float (&c)[4]) {
+  sts_v4(address, __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3]));
+}
+__device__ __forceinline__ void add(float (&c)[4], const float4& v) {
+  c[0] += v.x;
+  c[1] += v.y;
+  c[2] += v.z;
+  c[3] += v.w;
+}
+__device__ __forceinline__ void add(float4& sum, const float4& v) {
+  sum.x += v.x;
+  sum.y += v.y;
+  sum.z += v.z;
+  sum.w += v.w;
+}
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ uint4 ldmatrix_x4(u32 address) {
   uint4 v;
@@ -97,6 +114,13 @@ __device__ __forceinline__ void cta_barrier() { asm volatile("barrier.sync 0;" :
 template <int kBarrier>
 __device__ __forceinline__ void named_barrier(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
+// How many had arrived before. Releases what all threads wrote before a barrier ahead of this, acquires what others released.
+__device__ __forceinline__ u32 arrive(u32* counter) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 // D += A B for A 16 x 16 (row-major fragment), B 16 x 8, 16-bit values, fp32 accumulators.

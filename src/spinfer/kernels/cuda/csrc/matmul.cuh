@@ -42,9 +42,9 @@ struct MatmulArgs {
   u32* arrivals;        // [strips], all zero between launches
   i32 x_stride, tokens;
   i32 out_features, in_features;
-  i32 chunks_k, row_blocks;
-  i32 strips;       // passes x row blocks
-  i32 each, extra;  // units a CTA; the first `extra` CTAs take one more
+  i32 chunks_k, row_blocks;  // row_blocks: up to a multiple of kTwins
+  i32 strips;                // passes x row blocks
+  i32 each, extra;           // units a range; the first `extra` ranges take one more
   i32 ring_at, ring, in_flight;  // of the weight, in shared memory; in matmul_portable.cu `ring` is a warp's
   // Of x, likewise: a power of two up to 32 tokens, beyond a multiple of the warps along k (tests/test_cuda_boxes.py).
   i32 boxes;
@@ -147,27 +147,16 @@ __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], 
 #pragma unroll
         for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
-          for (int j = 0; j < kPass && n0 + j < kTiles; j++) {
-            const float(&c)[4] = acc[r][n0 + j];
-            sts_v4(at(warp_k, r, j), __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3]));
-          }
+          for (int j = 0; j < kPass && n0 + j < kTiles; j++) sts_float4(at(warp_k, r, j), acc[r][n0 + j]);
       }
       named_barrier<1>(threads);
       if (warp_k == 0) {
 #pragma unroll
         for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
-          for (int j = 0; j < kPass && n0 + j < kTiles; j++) {
-            float(&c)[4] = acc[r][n0 + j];
+          for (int j = 0; j < kPass && n0 + j < kTiles; j++)
 #pragma unroll
-            for (int q = 1; q < kWarpsK; q++) {
-              const float4 v = lds_float4(at(q, r, j));
-              c[0] += v.x;
-              c[1] += v.y;
-              c[2] += v.z;
-              c[3] += v.w;
-            }
-          }
+            for (int q = 1; q < kWarpsK; q++) add(acc[r][n0 + j], lds_float4(at(q, r, j)));
       }
     }
   }
@@ -183,6 +172,7 @@ __device__ __forceinline__ void clear(float (&acc)[kBandsAWarp][kTiles][4]) {
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 }
+
 // Where the partials of a strip are: that of range j of those that have one.
 struct Partials {
   const float4 *head, *rest;
@@ -206,14 +196,7 @@ __device__ __forceinline__ void leave_partial(float4* partial, const float (&acc
 #pragma unroll
   for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
-    for (int n = 0; n < kOwn; n++)
-      __stcg(partial + (r * kTiles + n) * 32, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]));
-}
-__device__ __forceinline__ void add(float4& sum, const float4& v) {
-  sum.x += v.x;
-  sum.y += v.y;
-  sum.z += v.z;
-  sum.w += v.w;
+    for (int n = 0; n < kOwn; n++) __stcg(partial + (r * kTiles + n) * 32, as_float4(acc[r][n]));
 }
 
 // A strip's word of `arrivals`: below, how many CTAs have come to its end; above, how many of them have left their sums.
@@ -235,6 +218,13 @@ __device__ __forceinline__ bool take_turn(u32* word, u32 earlier, int count) {
   while (now / kLeft != others);
   *word = 0;  // for the next launch
   return true;
+}
+// The same, told by the leader, who knows of the others, to all `threads` threads by way of `flag` in shared memory.
+template <int kBarrier>
+__device__ __forceinline__ bool is_last(u32* word, u32 earlier, int count, bool leader, u32 flag, int threads) {
+  if (leader) sts_u32(flag, take_turn(word, earlier, count));
+  named_barrier<kBarrier>(threads);
+  return lds_u32(flag);
 }
 
 // Whether a range has all of a strip.

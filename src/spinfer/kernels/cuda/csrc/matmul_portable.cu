@@ -175,20 +175,20 @@ struct XCopy {
   }
 };
 
-template <int kBandsAWarp>
+constexpr int kBandsAWarp = kPair * 2;
+
 __device__ __forceinline__ void store(const MatmulArgs& p, const float (&acc)[kBandsAWarp][kTiles][4], i32 strip, int band, int lane) {
   const i32 row = row_block_of(p, strip) * kChunkRows + band * 16, token = first_token_of(p, strip);
 #pragma unroll
   for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
-      store_fragment(p, row + r * 16, token + n * 8, make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]), lane);
+      store_fragment(p, row + r * 16, token + n * 8, as_float4(acc[r][n]), lane);
       asm volatile("" ::: "memory");  // keeps the compiler from loading all biases first, and spilling
     }
 }
 
-// Sums the partials of a strip in the order of the ranges and writes y. All consumer threads call it.
-template <int kThreads>
+// Sums the partials of a strip in the order of the ranges and writes y.
 __device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, int thread) {
   const Partials partials(p, strip);
   const i32 row = row_block_of(p, strip) * kChunkRows, token = first_token_of(p, strip);
@@ -218,17 +218,13 @@ __device__ __forceinline__ void reduce_partials(const MatmulArgs& p, i32 strip, 
   }
 }
 
-// Whether this CTA is the last to have left its partial of a strip. All consumer threads call it.
-template <int kThreads>
+// Whether this CTA is the last to have left its partial of a strip.
 __device__ __forceinline__ bool last_to_arrive(const MatmulArgs& p, i32 strip, u32 flag, int thread) {
   const i32 first = first_unit(p, strip);
   named_barrier<1>(kThreads);
   if (thread == 0) {
     const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
-    u32 before;
-    // Releases what all threads wrote before the barrier, and acquires what the other CTAs released.
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(p.arrivals + strip) : "memory");
-    const bool last = before == parts - 1;
+    const bool last = arrive(p.arrivals + strip) == parts - 1;
     if (last) p.arrivals[strip] = 0;
     sts_u32(flag, last);
   }
@@ -236,15 +232,14 @@ __device__ __forceinline__ bool last_to_arrive(const MatmulArgs& p, i32 strip, u
   return lds_u32(flag);
 }
 
-// Ends a segment without kSplit: adds up, and writes y or leaves a partial. All consumer threads call it.
-template <int kWarpsK, int kBandsAWarp>
-__device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch,
-                                               u32 flag, int band, int warp_k, int lane) {
-  constexpr int kThreads = kBands / kBandsAWarp * kWarpsK * 32;
-  const int thread = (warp_k * (kBands / kBandsAWarp) + band / kBandsAWarp) * 32 + lane;
+// Ends a segment: adds up the warps along k, and writes y or leaves a partial; the last CTA of those that share a strip adds the
+// partials up. All threads call it, as the three above.
+__device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 start,
+                                               int warp_m, int warp_k, int lane) {
+  const int thread = (warp_k * kWarpsM + warp_m) * 32 + lane, band = warp_m * kBandsAWarp;
   const Range range = own_range(p);
   const bool whole = covers(p, range, strip);
-  sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, warp_k, lane, kThreads);
+  sum_warps<kWarpsK>(acc, start + kScratch, band, warp_k, lane, kThreads);
   if (warp_k == 0) {
     if (whole) {
       store(p, acc, strip, band, lane);
@@ -253,7 +248,7 @@ __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)
     }
   }
   clear(acc);
-  if (!whole && last_to_arrive<kThreads>(p, strip, flag, thread)) reduce_partials<kThreads>(p, strip, thread);
+  if (!whole && last_to_arrive(p, strip, start + kFlag, thread)) reduce_partials(p, strip, thread);
 }
 
 // Up to 16 tokens two CTAs share an SM, unless its shared memory (100 KB on 8.6, 8.9 and 12) holds only one.
@@ -267,11 +262,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas) spinfer_matmul(con
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m = warp % kWarpsM, warp_k = warp / kWarpsM;
   const u32 start = smem_address(memory);
-  const Range range = range_at(p, static_cast<i32>(blockIdx.x));
+  const Range range = own_range(p);
   BlockRing ring(p, range, start, warp, lane);
   const XCopy x(p, start + warp * kXBytes, lane);
   const BlockDecoder<false> decoder(lane);
-  float acc[kPair * 2][kTiles][4] = {};
+  float acc[kBandsAWarp][kTiles][4] = {};
   uint4 bx[kTiles][2];
 
   i32 strip = range.begin / p.chunks_k, chunk_k = range.begin % p.chunks_k;
@@ -322,8 +317,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kCtas) spinfer_matmul(con
         }
       }
     }
-    if (ends_strip || block == end)
-      finish_segment<kWarpsK>(p, acc, strip, start + kScratch, start + kFlag, warp_m * kPair * 2, warp_k, lane);
+    if (ends_strip || block == end) finish_segment(p, acc, strip, start, warp_m, warp_k, lane);
     strip += ends_strip;
     chunk_k = next_k;
   }

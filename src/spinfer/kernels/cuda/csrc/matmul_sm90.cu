@@ -187,11 +187,7 @@ struct Consumer {
     for (int n = 0; n < kTiles; n++) {
       named_barrier<1>(kConsumers);  // `scratch` is free
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const float(&c)[4] = acc[r][n];
-        sts_v4(scratch + (block() * 2 + r) * 512, __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]),
-               __float_as_uint(c[3]));
-      }
+      for (int r = 0; r < 2; r++) sts_float4(scratch + (block() * 2 + r) * 512, acc[r][n]);
       named_barrier<1>(kConsumers);
       const int band = block() - n * kBands % kConsumerWarps;
       if (band >= 0 && band < kBands) {
@@ -263,9 +259,7 @@ struct Consumer {
     sum_own(own);
     if (!whole) {
       const Partials partials(p, strip);
-      if (thread == 0) sts_u32(start + kFlag, take_turn(word, earlier, partials.count));
-      named_barrier<1>(kConsumers);
-      if (!lds_u32(start + kFlag)) {
+      if (!is_last<1>(word, earlier, partials.count, thread == 0, start + kFlag, kConsumers)) {
         each_own([&](int i, int f) { __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]); });
         named_barrier<1>(kConsumers);
         if (thread == 0) leave(word);

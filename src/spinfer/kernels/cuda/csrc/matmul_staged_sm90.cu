@@ -357,15 +357,10 @@ struct Multiplying {
     };
     float4* mine = at(item.share);
 #pragma unroll
-    for (int n = 0; n < kRowTiles; n++) __stcg(mine + n * kConsumers, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
+    for (int n = 0; n < kRowTiles; n++) __stcg(mine + n * kConsumers, as_float4(acc[n]));
     named_barrier<1>(kConsumers);
     if (threadIdx.x == 0) {
-      u32 before;
-      // Releases what all threads wrote before the barrier, and acquires what the other CTAs released.
-      asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-                   : "=r"(before)
-                   : "l"(ready_at(p, p.panels * p.chunks_k + item.shared))
-                   : "memory");
+      const u32 before = arrive(ready_at(p, p.panels * p.chunks_k + item.shared));
       sts_u32(start + kLast, static_cast<i32>(before) == p.shares - 1);
     }
     named_barrier<1>(kConsumers);
@@ -378,13 +373,7 @@ struct Multiplying {
     for (i32 share = 0; share < p.shares; share++) {
       const float4* from = at(share);
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n++) {
-        const float4 v = __ldcg(from + n * kConsumers);
-        acc[n][0] += v.x;
-        acc[n][1] += v.y;
-        acc[n][2] += v.z;
-        acc[n][3] += v.w;
-      }
+      for (int n = 0; n < kRowTiles; n++) add(acc[n], __ldcg(from + n * kConsumers));
     }
     return true;
   }

@@ -12,9 +12,9 @@ struct WarpPlace {
 };
 
 // Whether the two warps along k that have sums of the same rows end a segment together, half of the tokens each.
-template <int kWarpsM, int kWarpsK>
+template <int kWarpsK>
 constexpr bool kHalves = kWarpsK == 2 && kTokens > 64;
-constexpr int kBarrierOfSums = 2, kBarrierOfGroup = 3;  // the second and the next three: a warpgroup each
+constexpr int kBarrierOfSums = 2, kBarrierOfGroup = 3;  // the latter of the first warpgroup, and so on
 constexpr u32 kLinesBytes = 4096;  // two buffers of a warpgroup
 // Writes 64 kEach rows x 16 / kEach tokens of y by way of shared memory. A warpgroup calls it; warp w of it has, for lane 4 g + t,
 // rows g, g, g + 8, g + 8 and tokens 2 t, 2 t + 1, likewise, of two fragments: of bands 2 w and 2 w + 1, or, with kEach 1, of band w
@@ -62,14 +62,8 @@ __device__ __forceinline__ void add_partials(float (&acc)[kBandsAWarp][kTiles][4
     };
     auto add_to_own = [&]() {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        if (n0 + i % kStep >= kOwn) continue;
-        float(&c)[4] = acc[i / kStep][n0 + i % kStep];
-        c[0] += v[i].x;
-        c[1] += v[i].y;
-        c[2] += v[i].z;
-        c[3] += v[i].w;
-      }
+      for (int i = 0; i < kAtOnce; i++)
+        if (n0 + i % kStep < kOwn) add(acc[i / kStep][n0 + i % kStep], v[i]);
     };
     if (mine > 0) {
       load(0);
@@ -95,12 +89,11 @@ __device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&ac
   float2 bias[kBandsAWarp];
 #pragma unroll
   for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(p, row + (band + r) * 16, lane);
-  auto vector = [&](int r, int n) { return make_float4(acc[r][n][0], acc[r][n][1], acc[r][n][2], acc[r][n][3]); };
   constexpr int kStep = 2 / kBandsAWarp;
   static_assert(kOwn % kStep == 0);
 #pragma unroll
   for (int n = 0; n < kOwn; n += kStep) {
-    const float4 v[2] = {vector(0, n), kBandsAWarp == 2 ? vector(kBandsAWarp - 1, n) : vector(0, n + kStep - 1)};
+    const float4 v[2] = {as_float4(acc[0][n]), as_float4(kBandsAWarp == 2 ? acc[kBandsAWarp - 1][n] : acc[0][n + kStep - 1])};
     store_lines<kBandsAWarp>(p, row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
   }
 }
@@ -119,23 +112,20 @@ __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u
     for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
       for (int j = 0; j < kExchanged; j++) {
-        u32 v[4];
+        float v[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = __float_as_uint(warp_k ? acc[r][n0 + j][i] : acc[r][kHalf + n0 + j][i]);
-        sts_v4(at(1 - warp_k, r, j), v[0], v[1], v[2], v[3]);
+        for (int i = 0; i < 4; i++) v[i] = warp_k ? acc[r][n0 + j][i] : acc[r][kHalf + n0 + j][i];
+        sts_float4(at(1 - warp_k, r, j), v);
       }
     named_barrier<1>(threads);
 #pragma unroll
     for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
       for (int j = 0; j < kExchanged; j++) {
-        const float4 v = lds_float4(at(warp_k, r, j));
         float(&c)[4] = acc[r][n0 + j];
-        const float(&other)[4] = acc[r][kHalf + n0 + j];
-        c[0] = (warp_k ? other[0] : c[0]) + v.x;
-        c[1] = (warp_k ? other[1] : c[1]) + v.y;
-        c[2] = (warp_k ? other[2] : c[2]) + v.z;
-        c[3] = (warp_k ? other[3] : c[3]) + v.w;
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[i] = warp_k ? acc[r][kHalf + n0 + j][i] : c[i];
+        add(c, lds_float4(at(warp_k, r, j)));
       }
   }
 }
@@ -144,7 +134,7 @@ __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u
 template <int kWarpsM, int kWarpsK>
 __device__ constexpr u32 finish_bytes() {
   if (kSplit > 1) return 0;
-  constexpr bool kShared = kHalves<kWarpsM, kWarpsK>;
+  constexpr bool kShared = kHalves<kWarpsK>;
   constexpr u32 kSums = kShared ? exchange_bytes() : scratch_bytes(kWarpsK);
   constexpr u32 kLines = kWarpsM * (kShared ? kWarpsK : 1) / 4 * kLinesBytes;
   return kSums > kLines ? kSums : kLines;
@@ -156,7 +146,7 @@ __device__ constexpr u32 finish_bytes() {
 template <int kWarpsM, int kWarpsK, int kBandsAWarp>
 __device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 flag,
                                              const WarpPlace& place) {
-  constexpr bool kShared = kHalves<kWarpsM, kWarpsK>;  // warps along k share what follows
+  constexpr bool kShared = kHalves<kWarpsK>;  // warps along k share what follows
   constexpr int kOwn = kShared ? kTiles / 2 : kTiles, kThreads = kWarpsM * kWarpsK * 32, kFinishing = kShared ? kThreads : kWarpsM * 32;
   const int lane = place.lane, band = place.warp_m * kBandsAWarp, tile = kShared ? place.warp_k * kOwn : 0;
   const bool leader = place.warp_k == 0 && place.warp_m == 0 && lane == 0;
@@ -176,9 +166,7 @@ __device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[k
     bool last = true;
     if (!whole) {
       flag += 4 * is_second(p, range, strip);  // each is written once: nothing else keeps it until all have read it
-      if (leader) sts_u32(flag, take_turn(word, earlier, partials.count));
-      named_barrier<kBarrierOfSums>(kFinishing);
-      last = lds_u32(flag);
+      last = is_last<kBarrierOfSums>(word, earlier, partials.count, leader, flag, kFinishing);
     } else if constexpr (kWarpsK > 1) {
       named_barrier<kBarrierOfSums>(kFinishing);  // `scratch` has been read
     }
@@ -217,10 +205,7 @@ __device__ __forceinline__ void finish_split(const MatmulArgs& p, const float (&
 #pragma unroll
   for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
-      const float(&c)[4] = acc[r][n];
-      sts_v4(own + (r * kTiles + n) * 512, __float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3]));
-    }
+    for (int n = 0; n < kTiles; n++) sts_float4(own + (r * kTiles + n) * 512, acc[r][n]);
   cluster_arrive();
   cluster_wait();
   auto sum_of = [&](int band, int n) {
