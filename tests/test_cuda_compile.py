@@ -25,7 +25,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 def _sources(capability: tuple[int, int], tokens: range) -> list[KernelSource]:
     """All that the selection can ask for on such a device, whatever the matrix."""
     traits = DeviceTraits(capability, 100, 232448 if capability in ((9, 0), (10, 0)) else 101376)
-    return kernel_sources([*SHAPES, (300, 500)], [0.05, 0.4, 0.7, 1.0], tokens, DTYPES, traits)
+    return kernel_sources([*SHAPES, (300, 500)], [0.05, 0.4, 0.7, 1.0], tokens, DTYPES, traits, uneven=True)
 
 
 def _nvrtc() -> None:

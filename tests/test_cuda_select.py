@@ -196,6 +196,32 @@ def test_clusters_for_many_tokens(shape: tuple[int, int], tokens: int, split: in
     assert (config.split, config.twins) == (split, twins)
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens", "ranges", "by_cost"),
+    [
+        ((4096, 4096), 1, 132, True),
+        ((4096, 4096), 1, 0, False),
+        ((4096, 4096), 1, 114, False),
+        ((28672, 8192), 256, 132, True),
+        ((28672, 8192), 257, 132, False),
+        ((4096, 14336), 128, 132, True),
+        ((4096, 14336), 256, 132, False),
+        ((64, 1024), 32, 2, True),
+    ],
+)
+def test_ranges_by_cost(shape: tuple[int, int], tokens: int, ranges: int, by_cost: bool) -> None:
+    """They are taken where the weight was packed for as many multiprocessors, with one pass and no clusters."""
+    grid = ChunkGrid.of(*shape)
+    plan = choose(grid, grid.out_features * grid.in_features // 2, tokens, True, H100, ranges)
+    assert isinstance(plan, Fused)
+    config = plan.passes[0]
+    assert isinstance(config, HopperConfig | WideConfig)
+    assert config.by_cost == by_cost
+    if by_cost:
+        assert config.split == 1
+        assert config.ctas == ranges
+
+
 def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:
     config = wide_config(ChunkGrid.of(4096, 4096), 1 << 20, 256, DeviceTraits((9, 0), 1, 232448))
     assert (config.split, config.twins, config.ctas) == (1, 1, 1)
@@ -230,7 +256,7 @@ def test_code_arch(capability: tuple[int, int], arch: str) -> None:
 
 def test_argument_structs_have_the_size_of_the_kernels() -> None:
     # sizeof in csrc without padding at the end
-    assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("7Q14i")
+    assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("8Q14i")
     assert matmul._STAGED_CALL.size + matmul._STAGED_CONSTANTS.size == struct.calcsize("7Qq11i4x")
     assert repack._REPACK_ARGS.size == struct.calcsize("6Q4i")
     assert dense._ARGS.size == struct.calcsize("4Q6i")

@@ -50,7 +50,7 @@ def check(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
 def fused(x: Tensor, weight: PackedWeight, config: Config, bias: Tensor | None = None) -> Tensor:
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     grid = ChunkGrid.of(*weight.shape)
-    FusedPass(grid, config, x.dtype, x.device)(x, *weight.parts, bias, y)
+    FusedPass(grid, config, x.dtype, x.device)(x, weight.parts, bias, y)
     return y
 
 
@@ -195,7 +195,7 @@ def test_repacking_is_bit_exact(shape: tuple[int, int], dtype: torch.dtype) -> N
         assert torch.equal(back.values.view(torch.int16), storage.values.view(torch.int16))
         grid = ChunkGrid.of(*shape)
         dense = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
-        decode_row_blocks(*weight.parts, grid, 0, grid.row_blocks, dense)
+        decode_row_blocks(*weight.parts[:2], grid, 0, grid.row_blocks, dense)
         assert torch.equal(dense.view(torch.int16), w.view(torch.int16))
 
 
@@ -308,6 +308,51 @@ def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
         assert all(torch.equal(fused(x, weight, config), first) for _ in range(5))
 
 
+def uneven_weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Dense and empty stretches, and random zeros between them."""
+    w = random_weight(rows, columns, 0.4, dtype)
+    w[rows // 4 : rows // 2, : columns // 2].normal_()
+    w[rows // 2 : 3 * rows // 4] = 0
+    return w
+
+
+@hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9000, 2000), (4096, 4100), (1100, 3000)])
+@pytest.mark.parametrize("tokens", [1, 9, 20, 32, 33, 64, 90, 128, 250, 300])
+def test_uneven_weights(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+    """Ranges by cost: some CTAs have many chunks, some one, and a strip has any number of partial sums."""
+    w = uneven_weight(*shape, dtype)
+    weight = packed(w)
+    assert len(weight.parts) == 3
+    x, bias = (torch.randn(n, device="cuda", dtype=dtype) for n in ((tokens, shape[1]), shape[0]))
+    first = linear(x, weight, bias)
+    check(first, x, w, bias)
+    assert all(torch.equal(linear(x, weight, bias), first) for _ in range(5))
+    assert torch.equal(unpack(weight).values, encode(w).values)
+
+
+@hopper
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
+def test_ranges_of_one_chunk(tokens: int) -> None:
+    """A row block with as many partial sums as it has chunks, beside one that has none."""
+    w = random_weight(1024, 8192, 0.4)
+    weight = packed(w)
+    grid = ChunkGrid.of(*w.shape)
+    starts = [0, *range(5, 5 + 2 * grid.chunks_k), grid.chunks - 1, grid.chunks]
+    ranges = torch.tensor(starts, dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+    traits = DeviceTraits((9, 0), len(starts) - 1, device_traits(0).shared_nbytes)
+    config_of = hopper_config if tokens <= 32 else wide_config
+    config = config_of(grid, weight.nnz, tokens, traits, by_cost=True)
+    assert config.ctas == len(starts) - 1
+    uneven = PackedWeight(weight.layout, (*weight.parts[:2], ranges), weight.shape, weight.nnz, weight.dtype)
+    x = torch.randn(tokens, 8192, device="cuda", dtype=torch.float16)
+    first = fused(x, uneven, config)
+    check(first, x, w)
+    assert all(torch.equal(fused(x, uneven, config), first) for _ in range(20))
+
+
 @hopper
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (4100, 700), (8200, 700)])
 @pytest.mark.parametrize("tokens", [33, 64, 128, 129, 256, 600])
@@ -333,7 +378,7 @@ def staged(x: Tensor, weight: PackedWeight, sm_count: int, launches: int = 1, bi
         staged_config(grid, first, min(step, grid.row_blocks - first), x.shape[0], traits)
         for first in range(0, grid.row_blocks, step)
     )
-    StagedMatmul(grid, configs, x.dtype, x.device)(x, *weight.parts, bias, y)
+    StagedMatmul(grid, configs, x.dtype, x.device)(x, weight.parts, bias, y)
     return y
 
 

@@ -170,8 +170,7 @@ class ShapeBench:
         y = torch.empty(x.shape[0], self.m, dtype=self.dtype, device=self._device)
 
         def call(weight: PackedWeight) -> None:
-            chunks, offsets = weight.parts
-            run(x, chunks, offsets, None, y)
+            run(x, weight.parts, None, y)
 
         return self._timer.prepare([functools.partial(call, weight) for weight in self._sparse])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +15,13 @@ from spinfer.kernels.cuda.matmul import source, staged_source
 from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, Staged, choose, code_arch
 
 
-def plan_of(m: int, k: int, density: float, tokens: int, traits: DeviceTraits) -> Fused | Staged | Decoded:
+def plan_of(
+    m: int, k: int, density: float, tokens: int, traits: DeviceTraits, *, uneven: bool = False
+) -> Fused | Staged | Decoded:
     """What the selection chooses for a weight (m, k) of this density and x of the same dtype."""
-    return choose(ChunkGrid.of(m, k), round(density * m * k), tokens, True, traits)
+    grid = ChunkGrid.of(m, k)
+    ranges = min(traits.sm_count, grid.chunks) if uneven else 0
+    return choose(grid, round(density * m * k), tokens, True, traits, ranges)
 
 
 def kernel_sources(
@@ -25,8 +30,19 @@ def kernel_sources(
     tokens: Iterable[int],
     dtypes: Sequence[torch.dtype],
     traits: DeviceTraits,
+    *,
+    uneven: bool = False,
 ) -> list[KernelSource]:
-    """Everything that these problems compile on a device, repacking included, each once."""
+    """Everything that these problems compile on a device, repacking included, each once.
+
+    Args:
+        shapes: of weights.
+        densities: of them.
+        tokens: of x.
+        dtypes: of both.
+        traits: of the device.
+        uneven: whether there are weights with ranges by cost too.
+    """
     shapes, densities, tokens = list(shapes), list(densities), list(tokens)
     found: dict[KernelSource, None] = {}
     for m, k in shapes:
@@ -35,8 +51,8 @@ def kernel_sources(
         found[KernelSource("repack.cu", code_arch(traits.capability), blocks)] = None
         found[dense_source(grid, traits.capability)] = None
         for density in densities:
-            for n in tokens:
-                plan = plan_of(m, k, density, n, traits)
+            for n, by_cost in itertools.product(tokens, (False, True) if uneven else (False,)):
+                plan = plan_of(m, k, density, n, traits, uneven=by_cost)
                 if isinstance(plan, Staged):
                     found.update((staged_source(grid, dtype), None) for dtype in dtypes)
                 for config in plan.passes if isinstance(plan, Fused) else ():

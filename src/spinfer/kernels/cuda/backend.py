@@ -66,7 +66,7 @@ class CudaBackend:
         """The inverse of `pack`, bit-exact."""
         from spinfer.kernels.cuda.repack import unpack_chunks
 
-        chunks, offsets = packed.parts
+        chunks, offsets = packed.parts[:2]
         return unpack_chunks(chunks, offsets, packed.shape, packed.nnz, packed.dtype)
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -79,30 +79,31 @@ class CudaBackend:
             with torch.cuda.device(index):
                 return self.linear(x, packed, bias)
         tokens = x.shape[0]
-        plan = _plan(packed.shape, packed.nnz, tokens, x.dtype, packed.dtype, index)
+        parts = packed.parts
+        ranges = parts[2].numel() - 1 if len(parts) > 2 else 0
+        plan = _plan(packed.shape, packed.nnz, tokens, x.dtype, packed.dtype, index, ranges)
         if isinstance(plan, Decoded):
             return _decoded(x, packed, bias, plan.row_blocks)
-        chunks, offsets = packed.parts
         y = x.new_empty((tokens, packed.shape[0]))
         step, passes = plan
         if len(passes) == 1:
-            passes[0](x, chunks, offsets, bias, y)
+            passes[0](x, parts, bias, y)
         else:
             for i, run in enumerate(passes):
                 part = slice(i * step, (i + 1) * step)
-                run(x[part], chunks, offsets, bias, y[part])
+                run(x[part], parts, bias, y[part])
         return y
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int
+    shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int, ranges: int
 ) -> Decoded | tuple[int, tuple[FusedPass | StagedMatmul, ...]]:
     from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
     from spinfer.kernels.cuda.runtime import device_traits
 
     grid = ChunkGrid.of(*shape)
-    choice = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index))
+    choice = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges)
     if isinstance(choice, Decoded):
         if x_dtype != dtype:
             _warn_once(
@@ -121,7 +122,7 @@ def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: i
     from spinfer.kernels.cuda.dense import decode_row_blocks
 
     grid = ChunkGrid.of(*packed.shape)
-    chunks, offsets = packed.parts
+    chunks, offsets = packed.parts[:2]
     y = x.new_empty(x.shape[0], packed.shape[0])
     rows = min(row_blocks * grid.chunk_rows, grid.out_features)
     workspace = torch.empty(rows, grid.in_features, dtype=packed.dtype, device=x.device)

@@ -12,7 +12,7 @@ from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
 from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
-_CALL = struct.Struct("7Q2i")
+_CALL = struct.Struct("8Q2i")
 _CONSTANTS = struct.Struct("11i4x")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
@@ -72,16 +72,16 @@ class FusedPass:
             boxes,
         )
 
-    def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def __call__(self, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
         """Write y = x W^T + bias on the current stream; the current device must be x's.
 
         Args:
             x: (tokens, K), last stride 1, at most as many tokens as the configuration has.
-            chunks: the weight.
-            offsets: of its chunks.
+            parts: of the weight.
             bias: (M,), or None.
             y: (tokens, M), contiguous.
         """
+        chunks, offsets, *ranges = parts
         tokens, in_features = x.shape
         x, stride, address = _rows_aligned(x, tokens, in_features)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
@@ -94,6 +94,7 @@ class FusedPass:
             0 if bias is None else bias.data_ptr(),
             partials.data_ptr(),
             arrivals.data_ptr(),
+            ranges[0].data_ptr() if ranges else 0,
             stride,
             tokens,
         )
@@ -144,8 +145,9 @@ class StagedMatmul:
         self._launches = [_StagedLaunch(grid, config) for config in launches]
         self._device = device
 
-    def __call__(self, x: Tensor, chunks: Tensor, offsets: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    def __call__(self, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
         """Write y = x W^T + bias as `FusedPass` does."""
+        chunks, offsets = parts[:2]
         tokens, in_features = x.shape
         x, stride, address = _rows_aligned(x, tokens, in_features)
         x_map = _tensor_maps.get(address, tokens, in_features, stride, _STAGED_TOKENS)
@@ -187,7 +189,7 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     }
     if isinstance(config, PortableConfig):
         return KernelSource("matmul_portable.cu", config.arch, tuple(defines.items()))
-    defines |= {"SPINFER_SPLIT": config.split}
+    defines |= {"SPINFER_SPLIT": config.split, "SPINFER_BY_COST": int(config.by_cost)}
     if isinstance(config, WideConfig):
         defines |= {"SPINFER_WARPS": config.warps, "SPINFER_BANDS": config.bands, "SPINFER_TWINS": config.twins}
         return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))

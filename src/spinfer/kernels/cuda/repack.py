@@ -12,6 +12,7 @@ from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.codec import group_tile_counts
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
+from spinfer.kernels.cuda.ranges import ranges_by_cost
 from spinfer.kernels.cuda.runtime import LaunchShape, device_traits, load
 from spinfer.kernels.cuda.select import code_arch
 
@@ -57,8 +58,8 @@ def _launch(
         )
 
 
-def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, Tensor]:
-    """Bring a weight on a CUDA device into the kernels' layout; returns (chunks, offsets).
+def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, ...]:
+    """Bring a weight on a CUDA device into the kernels' layout; returns its parts.
 
     Waits for the GPU: the size of the result depends on the data, and the fused kernel may read it before the kernels
     ahead of it in its stream are complete.
@@ -73,6 +74,7 @@ def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, Tensor]:
     if units > torch.iinfo(torch.int32).max:
         raise FormatError(f"a weight of shape {weight.shape} takes more than 32 GiB; split it")
     offsets = ends.to(torch.int32)
+    ranges = ranges_by_cost(sizes * OFFSET_UNIT, min(device_traits(device.index).sm_count, grid.chunks))
     chunks = torch.empty(units * OFFSET_UNIT, dtype=torch.uint8, device=device)
     _launch(
         "spinfer_pack",
@@ -86,7 +88,7 @@ def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, Tensor]:
         shared=MAX_CHUNK_NBYTES,
     )
     torch.cuda.current_stream(device).synchronize()
-    return chunks, offsets
+    return (chunks, offsets) if ranges is None else (chunks, offsets, ranges)
 
 
 def unpack_chunks(

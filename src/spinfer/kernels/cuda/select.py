@@ -98,6 +98,7 @@ class HopperConfig:
     Attributes:
         tokens: columns of the pass, a compile-time constant.
         split: CTAs of a cluster, which share row blocks along k; 1 for ranges of chunks that CTAs share by chance.
+        by_cost: whether ranges are those made when the weight was packed; else they are equally long.
         ctas: how many.
         boxes: chunks whose columns of x may be in shared memory: 2, 4 or 8 (kSlots of csrc/sm90.cuh).
         ring_at: where the weight is in shared memory, in bytes.
@@ -108,6 +109,7 @@ class HopperConfig:
 
     tokens: int
     split: int
+    by_cost: bool
     ctas: int
     boxes: int
     ring_at: int
@@ -126,6 +128,7 @@ class WideConfig:
         bands: of 16 rows that each of them takes, a compile-time constant.
         split: CTAs of a cluster that share a row block along k; 1 for ranges of consecutive chunks.
         twins: CTAs of a cluster that take row blocks one above the other and share the copies of x.
+        by_cost: as of `HopperConfig`.
         passes: over the weight.
         ctas: how many.
         boxes: blocks of 64 columns of x likewise; a multiple of the warps along k, and two for each at least.
@@ -140,6 +143,7 @@ class WideConfig:
     bands: int
     split: int
     twins: int
+    by_cost: bool
     passes: int
     ctas: int
     boxes: int
@@ -202,7 +206,7 @@ def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
 
 
 def hopper_config(
-    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None
+    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None, by_cost: bool = False
 ) -> HopperConfig:
     """Configuration of the kernel for 1 to 32 tokens.
 
@@ -212,8 +216,11 @@ def hopper_config(
         tokens: N.
         traits: of the device.
         split: of `HopperConfig`, instead of the choice.
+        by_cost: whether the weight has ranges by cost.
     """
     tile = next(tile for tile in _NARROW_TILES if tile >= tokens)
+    if by_cost:
+        split = 1
     if split is None:
         # At 24 and 32 tokens only the kernel without pairs has wgmma, which large matrices gain more from.
         split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
@@ -230,6 +237,7 @@ def hopper_config(
     return HopperConfig(
         tokens=tile,
         split=split,
+        by_cost=by_cost,
         ctas=ctas,
         boxes=boxes,
         ring_at=ring_at,
@@ -283,7 +291,14 @@ def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
 
 
 def wide_config(
-    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None, twins: int | None = None
+    grid: ChunkGrid,
+    nnz: int,
+    tokens: int,
+    traits: DeviceTraits,
+    *,
+    split: int | None = None,
+    twins: int | None = None,
+    by_cost: bool = False,
 ) -> WideConfig:
     """Configuration of the kernel for more tokens.
 
@@ -294,6 +309,7 @@ def wide_config(
         traits: of the device.
         split: of `WideConfig`, instead of the choice.
         twins: likewise.
+        by_cost: whether the weight has ranges by cost; they are used where there is one pass, without twins.
     """
     if twins is None:
         twins = 2 if _twins_pay(grid, tokens, traits) else 1
@@ -306,6 +322,9 @@ def wide_config(
     warps_m = 2 * grid.blocks_m // bands
     warps_k = warps // warps_m
     passes = -(-tokens // tile)
+    by_cost = by_cost and passes == twins == 1
+    if by_cost:
+        split = 1
     if split is None:
         split = 2 if passes == twins == 1 and _wide_split_pays(grid, tile, traits) else 1
     # Two warps along k with more than _FEW tokens end a segment together: see finish_bytes of csrc/wide_finish.cuh.
@@ -329,6 +348,7 @@ def wide_config(
         bands=bands,
         split=split,
         twins=twins,
+        by_cost=by_cost,
         passes=passes,
         ctas=twins * min(traits.sm_count // twins, strips * grid.chunks_k) if split == 1 else split * grid.row_blocks,
         boxes=boxes,
@@ -419,7 +439,9 @@ class Decoded:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits) -> Fused | Staged | Decoded:
+def choose(
+    grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits, ranges: int = 0
+) -> Fused | Staged | Decoded:
     """How to compute x W^T for a weight on a GPU.
 
     Args:
@@ -428,11 +450,13 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
         tokens: rows of x.
         same_dtype: whether x has the dtype of the values.
         traits: of the device.
+        ranges: by cost that the weight has, made for the GPU on which it was packed; 0 if none.
     """
     hopper = traits.capability == (9, 0)
     if same_dtype and hopper and tokens <= _MOST_HOPPER:
         config_of = hopper_config if tokens <= _MAX_NARROW else wide_config
-        return Fused(tokens, (config_of(grid, nnz, tokens, traits),))
+        by_cost = ranges == min(traits.sm_count, grid.chunks)
+        return Fused(tokens, (config_of(grid, nnz, tokens, traits, by_cost=by_cost),))
     if same_dtype and not hopper and tokens <= _MOST_PORTABLE:
         step = _PORTABLE_TILES[-1]
         return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))

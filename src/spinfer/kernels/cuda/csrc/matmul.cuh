@@ -32,6 +32,13 @@ constexpr int kSplit = SPINFER_SPLIT;
 #endif
 constexpr int kTwins = SPINFER_TWINS;
 
+// Whether ranges are as `ranges` says, of about the same cost, or of the same number of units.
+#ifndef SPINFER_BY_COST
+#define SPINFER_BY_COST 0
+#endif
+constexpr bool kByCost = SPINFER_BY_COST;
+static_assert(!kByCost || (kSplit == 1 && kTwins == 1));
+
 struct MatmulArgs {
   const u8* weight;     // chunks
   const i32* offsets;   // [T + 1], in kOffsetUnit
@@ -40,6 +47,7 @@ struct MatmulArgs {
   const u16* bias;      // [M] or null
   float* partials;      // [2 gridDim.x][kChunkRows kTokens]
   u32* arrivals;        // [strips], all zero between launches
+  const i32* ranges;    // with kByCost: [gridDim.x + 1], the units that they begin with, and the end
   i32 x_stride, tokens;
   i32 out_features, in_features;
   i32 chunks_k, row_blocks;  // row_blocks: up to a multiple of kTwins
@@ -54,12 +62,19 @@ struct Range {
   i32 index, begin, end;
 };
 __device__ __forceinline__ Range range_at(const MatmulArgs& p, i32 index) {
+  if constexpr (kByCost) return {index, __ldg(p.ranges + index), __ldg(p.ranges + index + 1)};
   const i32 begin = index * p.each + min(index, p.extra);
   return {index, begin, begin + p.each + (index < p.extra)};
 }
 __device__ __forceinline__ Range own_range(const MatmulArgs& p) { return range_at(p, static_cast<i32>(blockIdx.x) / kTwins); }
-// The range that holds a unit. There are no more CTAs than units, so none is empty.
+// The range that holds a unit of a strip that this CTA has a part of. There are no more CTAs than units, so none is empty.
 __device__ __forceinline__ Range range_of(const MatmulArgs& p, i32 unit) {
+  if constexpr (kByCost) {
+    Range range = own_range(p);
+    while (unit < range.begin) range = range_at(p, range.index - 1);
+    while (unit >= range.end) range = range_at(p, range.index + 1);
+    return range;
+  }
   const i32 longer = p.extra * (p.each + 1);
   return range_at(p, unit < longer ? unit / (p.each + 1) : p.extra + (unit - longer) / p.each);
 }
