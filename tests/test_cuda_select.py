@@ -109,6 +109,26 @@ def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_cou
 
 
 @pytest.mark.parametrize(
+    ("shape", "tokens", "kind"),
+    [
+        ((28672, 8192), 512, Fused),
+        ((28672, 8192), 576, Fused),
+        ((28672, 8192), 640, Staged),
+        ((28672, 8192), 768, Staged),
+        ((8192, 8192), 768, Fused),
+        ((8192, 8192), 1024, Staged),
+        ((4096, 14336), 768, Fused),
+        ((4096, 14336), 900, Staged),
+        ((4096, 4096), 513, Fused),
+        ((3072, 3072), 1024, Fused),
+        ((3072, 3072), 1025, Staged),
+    ],
+)
+def test_staging_pays_for_many_tokens(shape: tuple[int, int], tokens: int, kind: type[Fused] | type[Staged]) -> None:
+    assert isinstance(choose(ChunkGrid.of(*shape), int(0.4 * shape[0] * shape[1]), tokens, True, H100), kind)
+
+
+@pytest.mark.parametrize(
     ("shape", "tokens", "whole", "shares"),
     [
         ((4096, 4096), 512, 0, 2),
@@ -232,8 +252,6 @@ def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     assert isinstance(choose(grid, 1 << 20, 1, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, True, H100), Staged)
-    assert isinstance(choose(grid, 1 << 20, 513, True, H100), Decoded), "small"
-    assert isinstance(choose(ChunkGrid.of(4096, 14336), 1 << 20, 513, True, H100), Staged)
     assert isinstance(choose(grid, 1 << 20, 4096, True, RTX_4090), Decoded)
     assert isinstance(choose(grid, 1 << 20, 1, True, H100), Fused)
     assert isinstance(choose(grid, 1 << 20, 1, True, RTX_4090), Fused)

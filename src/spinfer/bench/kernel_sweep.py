@@ -225,7 +225,11 @@ def _compile(groups: Sequence[Group]) -> dict[str, float]:
     sources: dict[KernelSource, None] = {}
     for group in groups:
         densities = [1 - sparsity for sparsity in group.sparsities]
-        sources |= dict.fromkeys(kernel_sources([group.shape], densities, group.tokens, [group.dtype], traits))
+        sources |= dict.fromkeys(
+            kernel_sources(
+                [group.shape], densities, group.tokens, [group.dtype], traits, uneven="extremes" in group.masks
+            )
+        )
     workers = len(os.sched_getaffinity(0))
     start = time.monotonic()
     compile_all(list(sources), workers)

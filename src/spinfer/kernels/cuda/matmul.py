@@ -10,7 +10,7 @@ from torch import Tensor
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
-from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
+from spinfer.kernels.cuda.select import MAX_NARROW, PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
 _CALL = struct.Struct("8Q2i")
 _CONSTANTS = struct.Struct("11i4x")
@@ -51,7 +51,7 @@ class FusedPass:
             if isinstance(config, WideConfig):
                 warps, passes, twins = config.warps + _PRODUCER_WARPS, config.passes, config.twins
         row_blocks = -(-grid.row_blocks // twins) * twins
-        self._box_rows = config.tokens // twins
+        self._copy_tokens = config.tokens if config.tokens <= MAX_NARROW else 64 if config.tokens % 48 else 48
         self._strips = passes * row_blocks
         self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
         self._launch_shape = LaunchShape(
@@ -99,7 +99,7 @@ class FusedPass:
             tokens,
         )
         if self._hopper:
-            arguments = _tensor_maps.get(address, tokens, in_features, stride, self._box_rows) + arguments
+            arguments = _tensor_maps.get(address, tokens, in_features, stride, self._copy_tokens) + arguments
         self._kernel.launch(self._device.index, self._launch_shape, stream, arguments + self._constants)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 
-_MAX_NARROW = 32
+MAX_NARROW = 32
 """Up to so many tokens csrc/matmul_sm90.cu is the faster one."""
 
 _NARROW_TILES = (8, 16, 24, 32)
@@ -43,18 +43,19 @@ _MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
 _SHARED_RESERVED_NBYTES = 1024
 """What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
-_MOST_HOPPER = 512
-"""Most tokens of the fused kernels on Hopper. Beyond, a weight is staged."""
+_FUSED_HOPPER, _MOST_FUSED_HOPPER = 512, 1024
+"""Up to so many tokens the fused kernels are the faster ones on Hopper, and where passes of theirs take less time than
+staging does (see _staging_pays)."""
+
+_STAGED_US, _STAGED_US_A_TOKEN, _STAGING_US, _MORE_PASSES = 1.35e-6, 0.0016e-6, 6.0, 1.08
+"""Of an H200, 512 to 1,024 tokens at 60 %: what staging takes for each weight where all multiprocessors have as much to
+do, and besides; and how much longer several passes of the fused kernel take than _WIDE_US says, which is of one."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
 
 _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
-
-_SMALL, _MOST_OF_SMALL = 1 << 24, 640
-"""Up to so many weights and tokens decoding, then cuBLAS, beats staging: 48 us against 56 at 4096 x 4096 and 512 tokens
-(H100, 60 %), 67 against 62 at 1024."""
 
 PANEL_ROWS, _TILE_TOKENS = 256, 128
 """A tile of csrc/matmul_staged_sm90.cu: kRows, kTileTokens."""
@@ -69,7 +70,7 @@ _BARRIER_NBYTES = 1024
 _LINES_NBYTES = 4096
 """What a warpgroup of csrc/matmul_wide_sm90.cu writes y by way of: kLinesBytes."""
 
-_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 3.0
+_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 4.0
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 5.0e6, 2.4, 0.45, 40.0
@@ -202,7 +203,7 @@ class PortableConfig:
 
 
 def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > _MAX_NARROW else 1) * 512
+    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > MAX_NARROW else 1) * 512
 
 
 def hopper_config(
@@ -393,6 +394,22 @@ def staged_config(
     )
 
 
+def _staging_pays(grid: ChunkGrid, fused: WideConfig, tokens: int, traits: DeviceTraits) -> bool:
+    """Whether the kernel that stages the weight is faster than the passes of the fused one.
+
+    Its tiles go round unevenly. At 768 tokens 4096 x 14336 has 96 of them for 132 multiprocessors, and takes 199 us
+    on an H200 instead of 174; 8192 x 8192 takes 199 instead of 183, 28672 x 8192 605 instead of 639.
+    """
+    staged = staged_config(grid, 0, grid.row_blocks, tokens, traits)
+    tiles = staged.panels * staged.token_tiles
+    rounds = -(-staged.whole // traits.sm_count) + (1 / staged.shares if staged.whole < tiles else 0)
+    weights = grid.out_features * grid.in_features
+    idle = rounds * traits.sm_count / tiles
+    each = _STAGED_US + _STAGED_US_A_TOKEN * staged.token_tiles * _TILE_TOKENS
+    fused_us = weights * fused.passes * (_WIDE_US + _WIDE_US_A_TOKEN * fused.tokens) * _MORE_PASSES
+    return weights * each * idle + _STAGING_US < fused_us
+
+
 def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> PortableConfig:
     """Configuration of one pass with 1 to 32 tokens on a GPU other than Hopper."""
     tile = next(tile for tile in _PORTABLE_TILES if tile >= tokens)
@@ -453,16 +470,18 @@ def choose(
         ranges: by cost that the weight has, made for the GPU on which it was packed; 0 if none.
     """
     hopper = traits.capability == (9, 0)
-    if same_dtype and hopper and tokens <= _MOST_HOPPER:
-        config_of = hopper_config if tokens <= _MAX_NARROW else wide_config
+    if same_dtype and hopper and tokens <= _MOST_FUSED_HOPPER:
         by_cost = ranges == min(traits.sm_count, grid.chunks)
-        return Fused(tokens, (config_of(grid, nnz, tokens, traits, by_cost=by_cost),))
+        if tokens <= MAX_NARROW:
+            return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))
+        wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
+        if tokens <= _FUSED_HOPPER or not _staging_pays(grid, wide, tokens, traits):
+            return Fused(tokens, (wide,))
     if same_dtype and not hopper and tokens <= _MOST_PORTABLE:
         step = _PORTABLE_TILES[-1]
         return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))
     row_nbytes = grid.chunk_rows * grid.in_features * 2
-    small = grid.out_features * grid.in_features <= _SMALL and tokens <= _MOST_OF_SMALL
-    if same_dtype and hopper and not small:
+    if same_dtype and hopper:
         blocks_a_panel = PANEL_ROWS // grid.chunk_rows
         step = max(1, _WORKSPACE_NBYTES // (row_nbytes * blocks_a_panel)) * blocks_a_panel
         return Staged(

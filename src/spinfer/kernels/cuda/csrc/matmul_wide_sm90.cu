@@ -33,6 +33,11 @@ constexpr int kThreads = kConsumerWarps * 32 + 128;  // setmaxnreg works on grou
 constexpr int kConsumerRegisters = kConsumerWarps == 16 ? 104 : 232, kProducerRegisters = 40;
 
 constexpr u32 kBoxBytes = kTokens * 128;  // 64 columns of x
+// A copy is of so many tokens. Those that are wholly beyond the last one are left out: TMA takes longer for what is not there
+// than for what is (4096 x 14336, 288 tokens, twins: 137 us instead of 86).
+constexpr int kCopyTokens = kTokens % 48 ? 64 : 48, kCopies = kTokens / kCopyTokens;
+constexpr u32 kCopyBytes = kCopyTokens * 128;
+static_assert(kTokens % kCopyTokens == 0);
 constexpr int kMaxBoxes = 16;
 
 // Addresses in shared memory, after those of sm90.cuh.
@@ -51,28 +56,32 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
   Place place = work.at(0);
   for (i32 i = 0; i < work.count; i++) {
     const i32 token = first_token_of(p, place.strip);
+    const i32 copies = min(kCopies, (p.tokens - token + kCopyTokens - 1) / kCopyTokens);
 #pragma unroll 1
     for (int b = 0; b < kBlocksK; b++) {
       mbarrier_wait(start + kBoxEmpty + 8 * slot, parity);
       if (lane == 0) {
         const u32 landed = start + kBoxLanded + 8 * slot;
         const int column = place.k * kChunkCols + (b % kWarpsK * kBlocksAWarp + b / kWarpsK) * kBlockCols;
-        mbarrier_expect(landed, kBoxBytes);
+        mbarrier_expect(landed, copies * kCopyBytes);
         const u32 box = start + kX + slot * kBoxBytes;
-        if constexpr (kTwins > 1) {
-          const u32 twin = blockIdx.x % kTwins;
-          asm volatile(
-              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-              " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(box + twin * (kBoxBytes / kTwins)),
-              "l"(map), "r"(column), "r"(token + static_cast<i32>(twin) * (kTokens / kTwins)), "r"(landed),
-              "h"(static_cast<u16>((1 << kTwins) - 1)), "l"(kEvictLast)
-              : "memory");
-        } else {
-          asm volatile(
-              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-              " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(box),
-              "l"(map), "r"(column), "r"(token), "r"(landed), "l"(kEvictLast)
-              : "memory");
+#pragma unroll
+        for (int c = 0; c < kCopies; c++) {
+          if (c >= copies || c % kTwins != static_cast<int>(blockIdx.x % kTwins)) continue;
+          if constexpr (kTwins > 1) {
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+                " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(box + c * kCopyBytes),
+                "l"(map), "r"(column), "r"(token + c * kCopyTokens), "r"(landed), "h"(static_cast<u16>((1 << kTwins) - 1)),
+                "l"(kEvictLast)
+                : "memory");
+          } else {
+            asm volatile(
+                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+                " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(box + c * kCopyBytes),
+                "l"(map), "r"(column), "r"(token + c * kCopyTokens), "r"(landed), "l"(kEvictLast)
+                : "memory");
+          }
         }
       }
       __syncwarp();
