@@ -242,6 +242,33 @@ def test_ranges_by_cost(shape: tuple[int, int], tokens: int, ranges: int, by_cos
         assert config.ctas == ranges
 
 
+@pytest.mark.parametrize(
+    ("tokens", "tile", "copy_tokens"),
+    [
+        (33, 48, 48),
+        (64, 64, 64),
+        (70, 96, 96),
+        (100, 128, 128),
+        (129, 192, 48),
+        (150, 192, 192),
+        (193, 256, 256),
+        (256, 256, 256),
+        (257, 192, 48),
+        (512, 256, 256),
+        (640, 256, 64),
+    ],
+)
+def test_copies_that_no_token_is_in_are_left_out(tokens: int, tile: int, copy_tokens: int) -> None:
+    config = wide_config(ChunkGrid.of(28672, 8192), 1 << 26, tokens, H100)
+    assert (config.tokens, config.copy_tokens) == (tile, copy_tokens)
+
+
+def test_copies_of_twins_are_half_a_box_at_most() -> None:
+    grid = ChunkGrid.of(4096, 14336)
+    assert wide_config(grid, 1 << 24, 256, H100, twins=2).copy_tokens == 128
+    assert wide_config(grid, 1 << 24, 288, H100, twins=2).copy_tokens == 48
+
+
 def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:
     config = wide_config(ChunkGrid.of(4096, 4096), 1 << 20, 256, DeviceTraits((9, 0), 1, 232448))
     assert (config.split, config.twins, config.ctas) == (1, 1, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
-from spinfer.kernels.cuda.select import MAX_NARROW, PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
+from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
 _CALL = struct.Struct("8Q2i")
 _CONSTANTS = struct.Struct("11i4x")
@@ -51,7 +51,7 @@ class FusedPass:
             if isinstance(config, WideConfig):
                 warps, passes, twins = config.warps + _PRODUCER_WARPS, config.passes, config.twins
         row_blocks = -(-grid.row_blocks // twins) * twins
-        self._copy_tokens = config.tokens if config.tokens <= MAX_NARROW else 64 if config.tokens % 48 else 48
+        self._copy_tokens = config.copy_tokens if isinstance(config, WideConfig) else config.tokens
         self._strips = passes * row_blocks
         self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
         self._launch_shape = LaunchShape(
@@ -191,7 +191,12 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
         return KernelSource("matmul_portable.cu", config.arch, tuple(defines.items()))
     defines |= {"SPINFER_SPLIT": config.split, "SPINFER_BY_COST": int(config.by_cost)}
     if isinstance(config, WideConfig):
-        defines |= {"SPINFER_WARPS": config.warps, "SPINFER_BANDS": config.bands, "SPINFER_TWINS": config.twins}
+        defines |= {
+            "SPINFER_WARPS": config.warps,
+            "SPINFER_BANDS": config.bands,
+            "SPINFER_TWINS": config.twins,
+            "SPINFER_COPY_TOKENS": config.copy_tokens,
+        }
         return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))
     return KernelSource("matmul_sm90.cu", "sm_90a", tuple(defines.items()))
 

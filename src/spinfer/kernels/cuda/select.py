@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 
-MAX_NARROW = 32
+_MAX_NARROW = 32
 """Up to so many tokens csrc/matmul_sm90.cu is the faster one."""
 
 _NARROW_TILES = (8, 16, 24, 32)
@@ -125,8 +125,9 @@ class WideConfig:
 
     Attributes:
         tokens: columns of a pass, a compile-time constant.
-        warps: that multiply, a compile-time constant.
-        bands: of 16 rows that each of them takes, a compile-time constant.
+        copy_tokens: columns of a copy of x, likewise; those that no token is in are left out.
+        warps: that multiply, likewise.
+        bands: of 16 rows that each of them takes, likewise.
         split: CTAs of a cluster that share a row block along k; 1 for ranges of consecutive chunks.
         twins: CTAs of a cluster that take row blocks one above the other and share the copies of x.
         by_cost: as of `HopperConfig`.
@@ -140,6 +141,7 @@ class WideConfig:
     """
 
     tokens: int
+    copy_tokens: int
     warps: int
     bands: int
     split: int
@@ -203,7 +205,7 @@ class PortableConfig:
 
 
 def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > MAX_NARROW else 1) * 512
+    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > _MAX_NARROW else 1) * 512
 
 
 def hopper_config(
@@ -343,8 +345,12 @@ def wide_config(
     ring_at = fixed + boxes * box
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
     strips = passes * -(-grid.row_blocks // twins)  # of twins
+    # Where nothing can be left out, copies as large as can be: with two for each box of x 96 and 128 tokens take 3 to
+    # 12 % longer in pairs with chunks of 64 rows (H200).
+    part = 64 if tile % 48 else 48
     return WideConfig(
         tokens=tile,
+        copy_tokens=part if tokens - (passes - 1) * tile <= tile - part else tile // twins,
         warps=warps,
         bands=bands,
         split=split,
@@ -472,7 +478,7 @@ def choose(
     hopper = traits.capability == (9, 0)
     if same_dtype and hopper and tokens <= _MOST_FUSED_HOPPER:
         by_cost = ranges == min(traits.sm_count, grid.chunks)
-        if tokens <= MAX_NARROW:
+        if tokens <= _MAX_NARROW:
             return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))
         wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
         if tokens <= _FUSED_HOPPER or not _staging_pays(grid, wide, tokens, traits):

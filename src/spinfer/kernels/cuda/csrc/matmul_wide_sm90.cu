@@ -33,11 +33,14 @@ constexpr int kThreads = kConsumerWarps * 32 + 128;  // setmaxnreg works on grou
 constexpr int kConsumerRegisters = kConsumerWarps == 16 ? 104 : 232, kProducerRegisters = 40;
 
 constexpr u32 kBoxBytes = kTokens * 128;  // 64 columns of x
+#ifndef SPINFER_COPY_TOKENS
+#define SPINFER_COPY_TOKENS (SPINFER_TOKENS / kTwins)
+#endif
 // A copy is of so many tokens. Those that are wholly beyond the last one are left out: TMA takes longer for what is not there
 // than for what is (4096 x 14336, 288 tokens, twins: 137 us instead of 86).
-constexpr int kCopyTokens = kTokens % 48 ? 64 : 48, kCopies = kTokens / kCopyTokens;
+constexpr int kCopyTokens = SPINFER_COPY_TOKENS, kCopies = kTokens / kCopyTokens;
 constexpr u32 kCopyBytes = kCopyTokens * 128;
-static_assert(kTokens % kCopyTokens == 0);
+static_assert(kTokens % kCopyTokens == 0 && kCopies % kTwins == 0);
 constexpr int kMaxBoxes = 16;
 
 // Addresses in shared memory, after those of sm90.cuh.
@@ -54,7 +57,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
   int slot = 0;
   u32 parity = 1;  // the first pass over the slots finds them empty
   Place place = work.at(0);
-  for (i32 i = 0; i < work.count; i++) {
+  for (i32 done = 0; done < work.count; done++) {
     const i32 token = first_token_of(p, place.strip);
     const i32 copies = min(kCopies, (p.tokens - token + kCopyTokens - 1) / kCopyTokens);
 #pragma unroll 1
@@ -66,8 +69,9 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
         mbarrier_expect(landed, copies * kCopyBytes);
         const u32 box = start + kX + slot * kBoxBytes;
 #pragma unroll
-        for (int c = 0; c < kCopies; c++) {
-          if (c >= copies || c % kTwins != static_cast<int>(blockIdx.x % kTwins)) continue;
+        for (int i = 0; i < kCopies / kTwins; i++) {
+          const int c = i * kTwins + static_cast<int>(blockIdx.x % kTwins);
+          if (c >= copies) continue;
           if constexpr (kTwins > 1) {
             asm volatile(
                 "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
