@@ -170,7 +170,7 @@ def vllm_h200() -> str:
 
 def _breakdown(result: dict[str, Any], what: str) -> str:
     name = {"step": "a step of decoding", "first": "the first token"}[what]
-    return f"Of {name}, microseconds:\n\n{vllm_report.breakdown(result, what, batches=(1, 16, 32))}"
+    return f"Of {name}, microseconds:\n\n{vllm_report.breakdown(result, what)}"
 
 
 def vllm_cpu() -> str:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from numpy.typing import NDArray
 
 from spinfer.kernels.cuda.layout import MAX_CHUNK_NBYTES, VALUES_AT
 from spinfer.kernels.cuda.ranges import ranges_by_cost
 
 
-def _dearest(nbytes: Tensor, starts: list[int]) -> float:
+def _dearest(nbytes: NDArray[np.int64], starts: list[int]) -> float:
     """Of the ranges' costs, over the mean: an empty chunk's is 0.4 of a dense one's bytes, large ones' count twice."""
-    size = nbytes.double()
-    cost = size.clamp(min=28e3) + (size - 40e3).clamp(min=0)
-    each = torch.stack([cost[a:b].sum() for a, b in itertools.pairwise(starts)])
+    cost = np.maximum(nbytes, 28e3) + np.maximum(nbytes - 40e3, 0)
+    each = np.array([cost[a:b].sum() for a, b in itertools.pairwise(starts)])
     return float(each.max() / each.mean())
 
 
@@ -30,14 +29,14 @@ def _equal(chunks: int, count: int) -> list[int]:
 @given(st.lists(st.integers(VALUES_AT, MAX_CHUNK_NBYTES), min_size=1, max_size=400), st.data())
 def test_every_chunk_is_in_one_range_and_none_is_empty(sizes: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(sizes)))
-    nbytes = torch.tensor(sizes)
+    nbytes = np.array(sizes)
     ranges = ranges_by_cost(nbytes, count)
     equal = _equal(len(sizes), count)
     if ranges is None:
         assert _dearest(nbytes, equal) < 1.2
         return
     starts = ranges.tolist()
-    assert ranges.dtype == torch.int32
+    assert ranges.dtype == np.int32
     assert starts[0] == 0
     assert starts[-1] == len(sizes)
     assert len(starts) == count + 1
@@ -45,13 +44,13 @@ def test_every_chunk_is_in_one_range_and_none_is_empty(sizes: list[int], data: s
 
 
 def test_even_weights_have_none() -> None:
-    assert ranges_by_cost(torch.full((1000,), 31000), 132) is None
-    assert ranges_by_cost(torch.full((132,), MAX_CHUNK_NBYTES), 132) is None
+    assert ranges_by_cost(np.full(1000, 31000), 132) is None
+    assert ranges_by_cost(np.full(132, MAX_CHUNK_NBYTES), 132) is None
 
 
 @pytest.mark.parametrize("dense_first", [False, True])
 def test_a_dense_stretch_is_shared(dense_first: bool) -> None:
-    nbytes = torch.full((2000,), 31000)
+    nbytes = np.full(2000, 31000)
     nbytes[:400] = MAX_CHUNK_NBYTES if dense_first else VALUES_AT
     nbytes[-400:] = VALUES_AT if dense_first else MAX_CHUNK_NBYTES
     ranges = ranges_by_cost(nbytes, 132)
