@@ -69,14 +69,15 @@ def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, ...]:
     device = weight.device
     sizes = torch.empty(grid.chunks, dtype=torch.int64, device=device)
     _launch("spinfer_chunk_sizes", grid, device, bitmap=weight.bitmap, sizes=sizes)
-    # On the host: two copies take less time than the launches of some 20 small kernels.
-    units_of = sizes.cpu().numpy()
-    ends = np.concatenate(([0], np.cumsum(units_of)))
+    # On the host: copying there and back takes less time than the launches of some 20 small kernels.
+    size_of = sizes.cpu().numpy()
+    ends = np.concatenate(([0], np.cumsum(size_of)))
     units = int(ends[-1])
     if units > torch.iinfo(torch.int32).max:
         raise FormatError(f"a weight of shape {weight.shape} takes more than 32 GiB; split it")
     offsets = torch.from_numpy(ends.astype(np.int32)).to(device)
-    ranges = ranges_by_cost(units_of * OFFSET_UNIT, min(device_traits(device.index).sm_count, grid.chunks))
+    ranges = ranges_by_cost(size_of * OFFSET_UNIT, min(device_traits(device.index).sm_count, grid.chunks))
+    uneven = () if ranges is None else (torch.from_numpy(ranges).to(device),)
     chunks = torch.empty(units * OFFSET_UNIT, dtype=torch.uint8, device=device)
     _launch(
         "spinfer_pack",
@@ -90,7 +91,7 @@ def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, ...]:
         shared=MAX_CHUNK_NBYTES,
     )
     torch.cuda.current_stream(device).synchronize()
-    return (chunks, offsets) if ranges is None else (chunks, offsets, torch.from_numpy(ranges).to(device))
+    return chunks, offsets, *uneven
 
 
 def unpack_chunks(

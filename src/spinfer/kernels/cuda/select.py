@@ -44,8 +44,7 @@ _SHARED_RESERVED_NBYTES = 1024
 """What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
 _FUSED_HOPPER, _MOST_FUSED_HOPPER = 512, 1024
-"""Up to so many tokens the fused kernels are the faster ones on Hopper, and where passes of theirs take less time than
-staging does (see _staging_pays)."""
+"""Tokens up to which the fused kernels are the faster ones on Hopper, and up to which they may be (_staging_pays)."""
 
 _STAGED_US, _STAGED_US_A_TOKEN, _STAGING_US, _MORE_PASSES = 1.35e-6, 0.0016e-6, 6.0, 1.08
 """Of an H200, 512 to 1,024 tokens at 60 %: what staging takes for each weight where all multiprocessors have as much to
