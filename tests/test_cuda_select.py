@@ -33,6 +33,10 @@ DEVICES = [H100, A100, RTX_4090, DeviceTraits((12, 0), 170, 101376), DeviceTrait
 sides = st.integers(1, 40000)
 
 
+def nnz_at_60_percent(shape: tuple[int, int]) -> int:
+    return int(0.4 * shape[0] * shape[1])
+
+
 @given(sides, sides)
 def test_chunks_cover_the_matrix_once(m: int, k: int) -> None:
     grid = ChunkGrid.of(m, k)
@@ -125,7 +129,7 @@ def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_cou
     ],
 )
 def test_staging_pays_for_many_tokens(shape: tuple[int, int], tokens: int, kind: type[Fused] | type[Staged]) -> None:
-    assert isinstance(choose(ChunkGrid.of(*shape), int(0.4 * shape[0] * shape[1]), tokens, True, H100), kind)
+    assert isinstance(choose(ChunkGrid.of(*shape), nnz_at_60_percent(shape), tokens, True, H100), kind)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_tiles_of_a_short_last_round_are_shared(shape: tuple[int, int], tokens: 
 def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
     rows: int, tokens: int, tile: int, passes: int, warps: int
 ) -> None:
-    config = wide_config(ChunkGrid.of(rows, 4096), int(0.4 * rows * 4096), tokens, H100)
+    config = wide_config(ChunkGrid.of(rows, 4096), nnz_at_60_percent((rows, 4096)), tokens, H100)
     assert (config.tokens, config.passes, config.warps) == (tile, passes, warps)
 
 
@@ -190,7 +194,7 @@ def test_warps_along_k_share_boxes_of_x_evenly(rows: int, density: float, tokens
 )
 def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], split: int) -> None:
     grid = ChunkGrid.of(*shape)
-    assert hopper_config(grid, int(0.4 * shape[0] * shape[1]), 1, H100).split == split
+    assert hopper_config(grid, nnz_at_60_percent(shape), 1, H100).split == split
 
 
 @pytest.mark.parametrize(
@@ -212,7 +216,7 @@ def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], sp
     ],
 )
 def test_clusters_for_many_tokens(shape: tuple[int, int], tokens: int, split: int, twins: int) -> None:
-    config = wide_config(ChunkGrid.of(*shape), int(0.4 * shape[0] * shape[1]), tokens, H100)
+    config = wide_config(ChunkGrid.of(*shape), nnz_at_60_percent(shape), tokens, H100)
     assert (config.split, config.twins) == (split, twins)
 
 

@@ -12,7 +12,7 @@ from spinfer.kernels.cuda.compile import KernelSource, cubin
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import source, staged_source
-from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, Staged, choose, code_arch
+from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, Staged, choose, code_arch, range_count
 
 
 def plan_of(
@@ -20,7 +20,7 @@ def plan_of(
 ) -> Fused | Staged | Decoded:
     """What the selection chooses for a weight (m, k) of this density and x of the same dtype."""
     grid = ChunkGrid.of(m, k)
-    ranges = min(traits.sm_count, grid.chunks) if uneven else 0
+    ranges = range_count(grid, traits) if uneven else 0
     return choose(grid, round(density * m * k), tokens, True, traits, ranges)
 
 

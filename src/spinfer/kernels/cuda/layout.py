@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LAYOUT = "tca_bme_chunks"
-"""Parts are (chunks uint8, offsets int32 [chunks + 1] in units of 16 bytes); of uneven weights `ranges_by_cost` too."""
+"""Parts are (chunks uint8, offsets int32 [chunks + 1] in units of 16 bytes) and, where made, `ranges_by_cost`."""
 
 BLOCK_ROWS = 32
 BLOCK_COLS = 64

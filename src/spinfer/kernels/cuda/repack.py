@@ -15,7 +15,7 @@ from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 from spinfer.kernels.cuda.ranges import ranges_by_cost
 from spinfer.kernels.cuda.runtime import LaunchShape, device_traits, load
-from spinfer.kernels.cuda.select import code_arch
+from spinfer.kernels.cuda.select import code_arch, range_count
 
 _REPACK_ARGS = struct.Struct("6Q4i")
 """RepackArgs of repack.cu."""
@@ -76,7 +76,8 @@ def pack_chunks(weight: TcaBmeTensor) -> tuple[Tensor, ...]:
     if units > torch.iinfo(torch.int32).max:
         raise FormatError(f"a weight of shape {weight.shape} takes more than 32 GiB; split it")
     offsets = torch.from_numpy(ends.astype(np.int32)).to(device)
-    ranges = ranges_by_cost(size_of * OFFSET_UNIT, min(device_traits(device.index).sm_count, grid.chunks))
+    traits = device_traits(device.index)
+    ranges = ranges_by_cost(size_of * OFFSET_UNIT, range_count(grid, traits)) if traits.hopper else None
     uneven = () if ranges is None else (torch.from_numpy(ranges).to(device),)
     chunks = torch.empty(units * OFFSET_UNIT, dtype=torch.uint8, device=device)
     _launch(

@@ -90,6 +90,11 @@ class DeviceTraits:
     sm_count: int
     shared_nbytes: int
 
+    @property
+    def hopper(self) -> bool:
+        """Whether it has the instructions that Hopper alone has."""
+        return self.capability == (9, 0)
+
 
 @dataclass(frozen=True)
 class HopperConfig:
@@ -207,6 +212,11 @@ def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
     return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > _MAX_NARROW else 1) * 512
 
 
+def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
+    """Ranges of chunks that one pass over a weight is dealt out in on Hopper, one a CTA."""
+    return min(traits.sm_count, grid.chunks)
+
+
 def hopper_config(
     grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None, by_cost: bool = False
 ) -> HopperConfig:
@@ -235,7 +245,7 @@ def hopper_config(
     boxes = 4 if room - 4 * x_nbytes >= 5 * chunk else 2
     ring_at = fixed + boxes * x_nbytes
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
-    ctas = min(traits.sm_count, grid.chunks) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
+    ctas = range_count(grid, traits) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
     return HopperConfig(
         tokens=tile,
         split=split,
@@ -474,9 +484,9 @@ def choose(
         traits: of the device.
         ranges: by cost that the weight has, made for the GPU on which it was packed; 0 if none.
     """
-    hopper = traits.capability == (9, 0)
+    hopper = traits.hopper
     if same_dtype and hopper and tokens <= _MOST_FUSED_HOPPER:
-        by_cost = ranges == min(traits.sm_count, grid.chunks)
+        by_cost = ranges == range_count(grid, traits)
         if tokens <= _MAX_NARROW:
             return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))
         wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)

@@ -22,6 +22,9 @@
 #ifndef SPINFER_BANDS
 #define SPINFER_BANDS 1
 #endif
+#ifndef SPINFER_COPY_TOKENS
+#define SPINFER_COPY_TOKENS (SPINFER_TOKENS / SPINFER_TWINS)
+#endif
 constexpr int kConsumerWarps = SPINFER_WARPS;
 constexpr int kBandsAWarp = SPINFER_BANDS;  // of 16 rows: one tile of a block, or both
 constexpr int kWarpsM = kBands / kBandsAWarp;
@@ -33,9 +36,6 @@ constexpr int kThreads = kConsumerWarps * 32 + 128;  // setmaxnreg works on grou
 constexpr int kConsumerRegisters = kConsumerWarps == 16 ? 104 : 232, kProducerRegisters = 40;
 
 constexpr u32 kBoxBytes = kTokens * 128;  // 64 columns of x
-#ifndef SPINFER_COPY_TOKENS
-#define SPINFER_COPY_TOKENS (SPINFER_TOKENS / kTwins)
-#endif
 // A copy is of so many tokens. Those that are wholly beyond the last one are left out: TMA takes longer for what is not there
 // than for what is (4096 x 14336, 288 tokens, twins: 137 us instead of 86).
 constexpr int kCopyTokens = SPINFER_COPY_TOKENS, kCopies = kTokens / kCopyTokens;
