@@ -46,6 +46,7 @@ static_assert(kCredit + 8 * kSplit <= kScratch && kX % 1024 == 0);
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
   prefetch_bias(p, work, lane);
   wait_for_predecessor();  // x may be its output
+  start_successors();
   int box = 0, slot = 0;  // slot: of chunk i - boxes
   u32 parity = 0;
   i32 chunk_k = work.at(0).k;
@@ -336,14 +337,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     WeightProducer producer(p, start, work, lane);
     if (warp == kConsumerWarps) producer.load_offsets(0);
     cta_barrier();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (warp == kConsumerWarps) producer.run();
     if (warp == kConsumerWarps + 1) produce_x(p, &args.x_map, start, work, lane);
     if constexpr (kSplit > 1) cluster_wait();
   } else {
     cta_barrier();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
     int thread = threadIdx.x;
     asm volatile("" : "+r"(thread));  // or the compiler reads it anew in the loop, and takes 6 instructions more a block

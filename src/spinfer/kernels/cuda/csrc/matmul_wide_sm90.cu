@@ -54,6 +54,7 @@ static_assert(kFlag + 16 <= kScratch && kX % 1024 == 0);
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
   prefetch_bias(p, work, lane);
   wait_for_predecessor();  // x may be its output
+  start_successors();
   int slot = 0;
   u32 parity = 1;  // the first pass over the slots finds them empty
   Place place = work.at(0);
@@ -265,7 +266,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     WeightProducer producer(p, start, work, lane);
     if (warp == kConsumerWarps) producer.load_offsets(0);
     cta_barrier();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (warp == kConsumerWarps) producer.run();
     if constexpr (kTwins > 1) {
@@ -275,7 +275,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     if (warp == kConsumerWarps + 1) produce_x(p, &args.x_map, start, work, lane);
   } else {
     cta_barrier();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
     if constexpr (kTwins > 1) cluster_wait();
     Consumer(p, start, warp, lane).run();

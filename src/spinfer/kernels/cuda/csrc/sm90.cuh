@@ -62,6 +62,9 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // With programmatic dependent launch: returns when the kernels before this one are complete and their writes visible.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets the kernels after this one start, from one warp of each CTA. Not before wait_for_predecessor: what torch.compile generates
+// (triton.enable_pdl) waits for the kernel just before it only, and takes it that the ones before that are complete.
+__device__ __forceinline__ void start_successors() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 constexpr int kSlots = 8;
 // Shared memory begins with the barriers of each slot, its note, and what a kernel adds from kFree on. Everything of slot s is
