@@ -113,7 +113,7 @@ class _StagedLaunch:
         self.staging_nbytes = config.panels * grid.chunks_k * grid.blocks_k * PANEL_ROWS * BLOCK_COLS * 2
         self.partials_nbytes = shared_tiles * config.shares * PANEL_ROWS * _STAGED_TOKENS * 4
         self.counters = 4 + config.panels * grid.chunks_k + shared_tiles
-        self.shape = LaunchShape(config.ctas, _STAGED_THREADS, _STAGED_SHARED_NBYTES)
+        self.shape = LaunchShape(config.ctas, _STAGED_THREADS, _STAGED_SHARED_NBYTES, dependent=True)
         self.constants = _STAGED_CONSTANTS.pack(
             min(config.row_blocks * grid.chunk_rows, grid.out_features - self.row),
             grid.chunks_k,
@@ -155,7 +155,7 @@ class StagedMatmul:
         for launch in self._launches:
             workspace = chunks.new_empty(launch.staging_nbytes + launch.partials_nbytes)
             staging = workspace.data_ptr()
-            counters = offsets.new_zeros(launch.counters)
+            _, counters = _workspaces.get(self._device, stream, 0, launch.counters)
             call = _STAGED_CALL.pack(
                 chunks.data_ptr(),
                 offsets.data_ptr() + launch.first_chunk * offsets.element_size(),

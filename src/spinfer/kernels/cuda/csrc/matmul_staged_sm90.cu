@@ -26,7 +26,8 @@ struct StagedArgs {
   const i32* offsets;  // of the first row block, in kOffsetUnit
   u8* staging;         // [panels][steps][kRows][128 bytes]: rows of 64 weights, swizzled as wgmma reads them
   float4* partials;    // [shared tiles][shares][kRowTiles][kConsumers]
-  u32* counters;       // all zero at the launch: tickets, 3 unused, [panels][chunks_k] decoded units, [shared tiles] arrivals
+  u32* counters;       // all zero between launches: tickets, warps that are through, 2 unused, [panels][chunks_k] decoded units,
+                       // [shared tiles] arrivals
   u16* y;              // (tokens, y_stride)
   const u16* bias;     // [rows] or null
   i64 y_stride;
@@ -96,6 +97,15 @@ struct Unit {
 };
 __device__ __forceinline__ i32 unit_count(const StagedArgs& p) { return p.row_blocks * p.chunks_k * kUnits; }
 __device__ __forceinline__ u32* ready_at(const StagedArgs& p, i32 i) { return p.counters + 4 + i; }
+// A warp that counts units, or waits for them, is through; the last one sets their counters to zero.
+__device__ __forceinline__ void leave(const StagedArgs& p) {
+  const int lane = threadIdx.x & 31;
+  u32 before = 0;
+  __syncwarp();
+  if (lane == 0) before = arrive(p.counters + 1);
+  if (__shfl_sync(~0u, before, 0) != gridDim.x * (kDecoders + 1) - 1) return;
+  for (i32 i = lane; i < 4 + p.panels * p.chunks_k; i += 32) p.counters[i] = 0;
+}
 // The row blocks of a group side by side, along k; then the next group.
 __device__ __forceinline__ Unit unit_at(const StagedArgs& p, i32 ticket) {
   const i32 units_a_group = p.row_block_group * p.chunks_k * kUnits;
@@ -360,8 +370,10 @@ struct Multiplying {
     for (int n = 0; n < kRowTiles; n++) __stcg(mine + n * kConsumers, as_float4(acc[n]));
     named_barrier<1>(kConsumers);
     if (threadIdx.x == 0) {
-      const u32 before = arrive(ready_at(p, p.panels * p.chunks_k + item.shared));
-      sts_u32(start + kLast, static_cast<i32>(before) == p.shares - 1);
+      u32* const arrivals = ready_at(p, p.panels * p.chunks_k + item.shared);
+      const bool last = static_cast<i32>(arrive(arrivals)) == p.shares - 1;
+      if (last) *arrivals = 0;
+      sts_u32(start + kLast, last);
     }
     named_barrier<1>(kConsumers);
     if (!lds_u32(start + kLast)) return false;
@@ -425,6 +437,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul_staged(
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
+  wait_for_predecessor();
+  if (warp == kConsumerWarps) start_successors();
   if (warp >= kConsumerWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kOtherRegisters));
     const int decoder = warp - kConsumerWarps - 1;
@@ -433,6 +447,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul_staged(
     } else if (lane == 0) {
       produce(p, &args.x_map, start);
     }
+    leave(p);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
     Multiplying(p, start, warp, lane).run();
