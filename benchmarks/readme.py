@@ -36,7 +36,7 @@ PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")]
 VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
 VLLM_PDL = RESULTS / "h100" / "vllm_pdl.json"
-VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b")]
+VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b")]
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
 
