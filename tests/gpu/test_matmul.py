@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from spinfer import encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
+from spinfer.kernels.cuda import matmul
+from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.dense import decode_row_blocks
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
+from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul, source
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
 
@@ -129,6 +133,27 @@ def test_portable_kernel_with_uneven_density(rows: int, tokens: int) -> None:
     x = torch.randn(tokens, w.shape[1], device="cuda", dtype=torch.float16)
     for config in portable_configs(ChunkGrid.of(*w.shape), tokens):
         check(fused(x, weight, config), x, w)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+@pytest.mark.parametrize("shape", [(1009, 2003), (16640, 520)])
+def test_portable_kernel_counts_without_b1_mmas(
+    shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on compute capability 10.0 and 12.0: the same bits."""
+
+    def counting_bytes(*arguments: Any) -> KernelSource:
+        kernel = source(*arguments)
+        return dataclasses.replace(kernel, defines=(*kernel.defines, ("SPINFER_B1_MMA", 0)))
+
+    (config, *_) = portable_configs(ChunkGrid.of(*shape), tokens)
+    for density in (0.0, 0.4, 1.0):
+        weight = packed(random_weight(*shape, density))
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+        expected = fused(x, weight, config)
+        with monkeypatch.context() as patch:
+            patch.setattr(matmul, "source", counting_bytes)
+            assert torch.equal(fused(x, weight, config), expected)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 1001])

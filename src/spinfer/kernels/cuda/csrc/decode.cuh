@@ -1,7 +1,7 @@
 // From bitmap to Tensor Core fragments: the prefix sums that place each lane's values run on the Tensor Cores themselves.
 //
 // POPC runs at 16 lanes a clock and SHFL shares the pipe of LDS, so neither can keep up with HBM; the integer MMAs can.
-//   1. b1 and.popc MMA: nonzeros of each step in each quad of lanes;
+//   1. b1 and.popc MMA: nonzeros of each step in each quad of lanes (StepCounter);
 //   2. u8 MMA with a triangular A: exclusive prefix over quads (rows 0-7) and totals (rows 8-15) of each step;
 //   3. per 16 columns, u8 MMA: base + 2 (prefix of the quad in this step + totals of the steps before), as what is added to
 //      that of the 16 columns before;
@@ -23,17 +23,44 @@ struct BlockState {
   u32 bits[2][2];
 };
 
+// Counts the nonzeros of each step in each quad of lanes: lane (g, t) gets those of step g in quads 2 t and 2 t + 1.
+#ifndef SPINFER_B1_MMA
+#define SPINFER_B1_MMA (__CUDA_ARCH__ < 1000)  // else the compiler makes a call of it: 45 instructions, 4 u8 MMAs among them
+#endif
+struct StepCounter {
+#if SPINFER_B1_MMA
+  u32 step_bits;
+  __device__ __forceinline__ explicit StepCounter(int g) : step_bits(0x01010101u << g) {}
+  __device__ __forceinline__ void keep() { asm volatile("" : "+r"(step_bits)); }
+  __device__ __forceinline__ Int2 operator()(u32 mask) const { return bmma_and_popc(step_bits, mask); }
+#else
+  // Row g of A takes step g: byte g % 4 of each lane's counts, of the first 16 of K or the last.
+  u32 low, high;
+  __device__ __forceinline__ explicit StepCounter(int g) : low(g < 4 ? 1u << 8 * g : 0), high(g < 4 ? 0 : 1u << 8 * (g - 4)) {}
+  __device__ __forceinline__ void keep() { asm volatile("" : "+r"(low), "+r"(high)); }
+  __device__ __forceinline__ Int2 operator()(u32 mask) const {
+    // Of this lane, 0 to 4 each: step s in the low half of byte s, step s + 4 in the high one.
+    u32 counts[4];
+#pragma unroll
+    for (int s = 0; s < 4; s++) counts[s] = __dp4a(mask >> s & 0x11111111u, 0x01010101u, 0u);
+    const u32 all = prmt(prmt(counts[0], counts[1], 0x0040), prmt(counts[2], counts[3], 0x0040), 0x5410);
+    const Int4 sums = imma_k32(low, 0, high, 0, all & 0x0f0f0f0fu, all >> 4 & 0x0f0f0f0fu, {0, 0, 0, 0});
+    return {sums.a, sums.b};
+  }
+#endif
+};
+
 // kAhead: whether values are located 16 columns ahead. 1 % faster at 8 tokens and 2 % at 24; at 16 and 32 registers are short.
 template <bool kAhead>
 struct BlockDecoder {
-  u32 step_bits, triangle, ones;
+  StepCounter counter;
+  u32 triangle, ones;
   u32 within0, within1;
   u32 place[4];
   u32 select_even, select_odd, select_none;
 
-  __device__ __forceinline__ explicit BlockDecoder(int lane) {
+  __device__ __forceinline__ explicit BlockDecoder(int lane) : counter(lane >> 2) {
     const int g = lane >> 2, t = lane & 3;
-    step_bits = 0x01010101u << g;
     triangle = (2 * t < g ? 1u : 0u) | (2 * t + 1 < g ? 0x100u : 0u);
     ones = 0x0101u;
     // Column g of B serves quad lane g / 2 and step parity g % 2. Bits of even steps weigh 1, of odd ones 2; times 2 or 1
@@ -59,7 +86,8 @@ struct BlockDecoder {
     select_odd = 0x6F0021EFu;
     select_none = 0x3232u;
     // Keeps the compiler from computing these again in the loop.
-    asm volatile("" : "+r"(step_bits), "+r"(triangle), "+r"(ones), "+r"(within0), "+r"(within1));
+    counter.keep();
+    asm volatile("" : "+r"(triangle), "+r"(ones), "+r"(within0), "+r"(within1));
     asm volatile("" : "+r"(select_even), "+r"(select_odd), "+r"(select_none));
   }
 
@@ -77,7 +105,7 @@ struct BlockDecoder {
     const Int4 none = {0, 0, 0, 0};
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const Int2 counts = bmma_and_popc(step_bits, state.mask[r]);
+      const Int2 counts = counter(state.mask[r]);
       const u32 pair = static_cast<u32>(counts.a) + static_cast<u32>(counts.b) * 0x100u;
       const Int4 sums = imma_k16(triangle, ones, pair, none);
       state.prefix[r] = static_cast<u32>(sums.a) + static_cast<u32>(sums.b) * 0x100u +
