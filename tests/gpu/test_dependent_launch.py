@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from spinfer import encode, linear, pack
 
@@ -61,6 +60,6 @@ def test_what_was_before_ours_is_complete_after_it(tokens: int) -> None:
     w = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
     w[torch.rand_like(w) < 0.6] = 0
     weight = pack(encode(w))
-    x: Tensor = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
+    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
     linear(x, weight)
     assert [seen(lambda: linear(x, weight)) for _ in range(3)] == [1, 1, 1]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from spinfer import encode, linear, pack
+from spinfer import SparseLinear, encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda import matmul
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.dense import decode_row_blocks
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul, source
+from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
 
@@ -141,9 +141,10 @@ def test_portable_kernel_counts_without_b1_mmas(
     shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on compute capability 10.0 and 12.0: the same bits."""
+    plain = matmul.source
 
     def counting_bytes(*arguments: Any) -> KernelSource:
-        kernel = source(*arguments)
+        kernel = plain(*arguments)
         return dataclasses.replace(kernel, defines=(*kernel.defines, ("SPINFER_B1_MMA", 0)))
 
     (config, *_) = portable_configs(ChunkGrid.of(*shape), tokens)
@@ -252,6 +253,19 @@ def test_torch_compile() -> None:
     x = torch.randn(4, 256, device="cuda", dtype=torch.float16)
     compiled = torch.compile(lambda x: linear(x, weight).relu(), fullgraph=True)
     assert torch.equal(compiled(x), linear(x, weight).relu())
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_torch_compile_with_cuda_graphs(tokens: int) -> None:
+    """Warmed up, captured, replayed: what the kernels keep from call to call must not lie in the graphs' memory."""
+    torch._dynamo.reset()
+    weights = (random_weight(*shape, 0.4) for shape in ((9000, 1024), (1024, 9000)))
+    layers = torch.nn.Sequential(*(SparseLinear.from_weight(encode(weight)).pack_() for weight in weights))
+    compiled = torch.compile(layers, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(tokens, 1024, device="cuda", dtype=torch.float16)
+            assert torch.equal(compiled(x), layers(x))
 
 
 def test_streams_and_threads() -> None:

@@ -65,6 +65,17 @@ def test_generates_the_dense_model_s_tokens(tokens: Tensor) -> None:
     assert torch.equal(dense.generate(tokens.cuda(), pad_token_id=0, **arguments), expected)
 
 
+def test_generates_the_same_tokens_from_cuda_graphs(tokens: Tensor) -> None:
+    """`generate` compiles the model for a static cache, with CUDA graphs."""
+    torch._dynamo.reset()
+    model = pruned_model("llama", dtype=torch.float16).cuda()
+    spinfer.compress_model(model)
+    arguments = {"attention_mask": torch.ones_like(tokens).cuda(), "max_new_tokens": 8, "do_sample": False}
+    arguments |= {"pad_token_id": 0, "cache_implementation": "static"}
+    expected = model.generate(tokens.cuda(), disable_compile=True, **arguments)
+    assert torch.equal(model.generate(tokens.cuda(), **arguments), expected)
+
+
 def test_peak_memory_of_loading_is_that_of_the_compressed_model(tmp_path: Path) -> None:
     model = pruned_model("llama", dtype=torch.float16, sparsity=0.8)
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(200, 128, dtype=torch.float16))

@@ -53,7 +53,8 @@ class FusedPass:
         row_blocks = -(-grid.row_blocks // twins) * twins
         self._copy_tokens = config.copy_tokens if isinstance(config, WideConfig) else config.tokens
         self._strips = passes * row_blocks
-        self._floats = 2 * config.ctas * grid.chunk_rows * config.tokens
+        # Pairs of CTAs exchange their sums without memory.
+        self._floats = 0 if split > 1 else 2 * config.ctas * grid.chunk_rows * config.tokens
         self._launch_shape = LaunchShape(
             config.ctas, warps * 32, config.shared_nbytes, max(split, twins), dependent=self._hopper
         )
@@ -85,15 +86,18 @@ class FusedPass:
         tokens, in_features = x.shape
         x, stride, address = _rows_aligned(x, tokens, in_features)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
-        partials, arrivals = _workspaces.get(self._device, stream, self._floats, self._strips)
+        partials = arrivals = 0
+        if self._floats:
+            workspace = _workspaces.get(self._device, stream, self._floats, self._strips)
+            partials, arrivals = (part.data_ptr() for part in workspace)
         arguments = _CALL.pack(
             chunks.data_ptr(),
             offsets.data_ptr(),
             address,
             y.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            partials.data_ptr(),
-            arrivals.data_ptr(),
+            partials,
+            arrivals,
             ranges[0].data_ptr() if ranges else 0,
             stride,
             tokens,

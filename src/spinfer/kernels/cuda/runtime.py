@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -220,7 +221,8 @@ class Workspaces:
     """Partial sums and counters, one pair a stream; two kernels on one stream never run at once.
 
     While a stream is captured, memory must come from the graph's pool and belong to it: a pair made then is used for
-    the rest of that capture only, and its zeroing is part of the graph.
+    the rest of that capture only, and its zeroing is part of the graph. torch.compile's CUDA graphs do not let anything
+    but outputs stay in their pool, while they warm up either: there each call has a pair of its own.
     """
 
     def __init__(self) -> None:
@@ -235,10 +237,18 @@ class Workspaces:
             partials = torch.empty(max(floats, 1 << 20), dtype=torch.float32, device=device)
             counts = torch.zeros(max(counters, 1 << 12), dtype=torch.int32, device=device)
             pair = (capture, partials, counts)
-            self._pairs[key] = pair
-            while len(self._pairs) > _MAX_STREAMS:
-                self._pairs.popitem(last=False)
+            if not _belongs_to_compiled_graphs(device, stream):
+                self._pairs[key] = pair
+                while len(self._pairs) > _MAX_STREAMS:
+                    self._pairs.popitem(last=False)
         return pair[1], pair[2]
+
+
+def _belongs_to_compiled_graphs(device: torch.device, stream: int) -> bool:
+    """Whether torch.compile(mode="reduce-overhead") warms up and captures on this stream, from a pool of its own."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    manager = None if trees is None else trees.get_manager(device.index, create_if_none_exists=False)
+    return manager is not None and manager.stream.cuda_stream == stream
 
 
 def _capture_id(stream: int) -> int:
