@@ -324,6 +324,24 @@ class TestTorchIntegration:
         assert model[0].weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(layout: str, dtype: torch.dtype) -> None:
+    """As nn.Linear: whatever the types of input and bias, it computes in autocast's, and gradients come in theirs."""
+    dense = dense_layer().to(dtype)
+    module = SparseLinear.from_linear(dense)
+    for x_dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4, 90, dtype=x_dtype, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, expected = module(x), dense(x)
+        assert y.dtype == expected.dtype == torch.bfloat16
+        assert (y - expected).float().norm() < 1e-2 * expected.float().norm()
+        y.sum().backward()
+        assert x.grad.dtype == x_dtype
+        assert module.bias.grad.dtype == dtype
+    with torch.autocast("cpu", enabled=False):
+        assert module(torch.randn(4, 90, dtype=dtype)).dtype == dtype
+
+
 def test_compile_with_inductor(layout: str) -> None:
     torch._dynamo.reset()
     module = SparseLinear.from_linear(dense_layer())

@@ -132,7 +132,8 @@ def linear(x: Tensor, weight: TcaBmeTensor | PackedWeight, bias: Tensor | None =
         bias: (out_features,) of x's dtype, or None.
 
     Returns:
-        (..., out_features), dtype of x. Gradients flow to x and bias; the weight is constant.
+        (..., out_features), dtype of x. Gradients flow to x and bias; the weight is constant. Under torch.autocast x
+        and bias are converted to its dtype first, as by F.linear.
 
     Raises:
         SpinferError: shapes, dtypes or devices do not fit.
@@ -145,6 +146,9 @@ def linear(x: Tensor, weight: TcaBmeTensor | PackedWeight, bias: Tensor | None =
         raise SpinferError(f"x is {x.dtype}; convert it to fp16, bf16 or fp32")
     if x.device != packed.device:
         raise SpinferError(f"x is on {x.device} but the weight on {packed.device}; move one of them")
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
         raise SpinferError(
             f"bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}; "
