@@ -28,13 +28,25 @@ def serving_environment() -> dict[str, str]:
     return os.environ | SETTINGS
 
 
-def vllm_generate(model: Path, prompts: list[str], *, max_tokens: int = 24, **options: Any) -> dict[str, Any]:
+def vllm_generate(
+    model: Path, prompts: list[str], *, max_tokens: int = 24, adapter: Path | None = None, **options: Any
+) -> dict[str, Any]:
     """Greedy tokens of each prompt, the bytes of each rank's weights, and of `memory.Weighed` workers what they grew.
+
+    Args:
+        model: a model directory.
+        prompts: as text.
+        max_tokens: after each.
+        adapter: a LoRA adapter's directory.
+        options: for `vllm.LLM`.
 
     Raises:
         RuntimeError: vLLM stopped; the message is its output.
     """
-    return _run({"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "options": options})
+    job = {"model": str(model), "prompts": prompts, "max_tokens": max_tokens, "options": options}
+    if adapter is not None:
+        job |= {"adapter": str(adapter), "options": options | {"enable_lora": True, "max_lora_rank": 8}}
+    return _run(job)
 
 
 def vllm_differences(
@@ -103,6 +115,7 @@ def _differences(llm: Any, prompts: list[list[int]], expected: list[list[int]]) 
 def main() -> None:
     """The child."""
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
 
     job = json.load(sys.stdin)
     llm = LLM(model=job["model"], max_model_len=128, max_num_seqs=4, gpu_memory_utilization=0.2, **job["options"])
@@ -110,7 +123,8 @@ def main() -> None:
     if "expected" in job:
         result["differences"] = _differences(llm, job["prompts"], job["expected"])
     else:
-        outputs = llm.generate(job["prompts"], _greedy(job["max_tokens"]), use_tqdm=False)
+        lora = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
+        outputs = llm.generate(job["prompts"], _greedy(job["max_tokens"]), use_tqdm=False, lora_request=lora)
         result["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
     if job["options"].get("worker_cls") == "memory.Weighed":
         result["grown_nbytes"] = llm.collective_rpc("grown_nbytes")

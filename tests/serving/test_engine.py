@@ -21,6 +21,7 @@ import pytest
 import torch
 from choices import choices
 from engine import serving_environment, vllm_differences, vllm_generate
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from conftest import ARCHITECTURES, pruned_model, save_with_tokenizer
@@ -118,6 +119,27 @@ def test_architectures(small: Callable[[str], Path], architecture: str, ranks: i
         options |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
     result = vllm_generate(model, PROMPTS, max_tokens=8, **options)
     assert result["tokens"] == transformers_tokens(model, PROMPTS, 8)
+
+
+def test_adapters(small: Callable[[str], Path], tmp_path: Path) -> None:
+    """LoRA adapters on compressed Linears do what they do to the dense ones."""
+    model, rank, alpha = small("llama"), 4, 8
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+    dense, _ = load_causal_lm(str(model.with_name("llama-dense")), dtype="float32")
+    arrays = {}
+    for name, module in dense.named_modules():
+        if name.endswith(tuple(targets)):
+            down, up = torch.randn(rank, module.in_features) / 10, torch.randn(module.out_features, rank) / 10
+            arrays |= {f"base_model.model.{name}.lora_{key}.weight": part for key, part in (("A", down), ("B", up))}
+            module.weight.data += alpha / rank * up @ down
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    merged = save_with_tokenizer(dense, tmp_path / "merged")
+    expected = transformers_tokens(merged, PROMPTS, 8)
+    assert expected != transformers_tokens(model, PROMPTS, 8), "the adapter changes nothing"
+    result = vllm_generate(model, PROMPTS, max_tokens=8, adapter=tmp_path, dtype="float32", enforce_eager=True)
+    assert result["tokens"] == expected
 
 
 TWO_RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
