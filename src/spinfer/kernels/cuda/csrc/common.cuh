@@ -116,11 +116,14 @@ __device__ __forceinline__ void named_barrier(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
-// How many had arrived before. Releases what all threads wrote before a barrier ahead of this, acquires what others released.
-__device__ __forceinline__ u32 arrive(u32* counter) {
+// Whether this is the last of `count` to arrive; then the counter is zero again. Releases what all threads wrote before a barrier
+// ahead of this, acquires what others released.
+__device__ __forceinline__ bool arrives_last(u32* counter, u32 count) {
   u32 before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
+  const bool last = before == count - 1;
+  if (last) *counter = 0;
+  return last;
 }
 
 // D += A B for A 16 x 16 (row-major fragment), B 16 x 8, 16-bit values, fp32 accumulators.

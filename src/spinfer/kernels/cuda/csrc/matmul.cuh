@@ -45,7 +45,7 @@ struct MatmulArgs {
   const u16* x;         // (tokens, x_stride)
   u16* y;               // (tokens, M)
   const u16* bias;      // [M] or null
-  float* partials;      // [2 gridDim.x][kChunkRows kTokens]; with kSplit not used, nor arrivals
+  float* partials;      // [2 gridDim.x][kChunkRows kTokens]; with kSplit > 1 not used, nor arrivals
   u32* arrivals;        // [strips], all zero between launches
   const i32* ranges;    // with kByCost: [gridDim.x + 1], the units that they begin with, and the end
   i32 x_stride, tokens;

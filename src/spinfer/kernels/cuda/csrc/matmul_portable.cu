@@ -224,9 +224,7 @@ __device__ __forceinline__ bool last_to_arrive(const MatmulArgs& p, i32 strip, u
   named_barrier<1>(kThreads);
   if (thread == 0) {
     const u32 parts = range_of(p, first + p.chunks_k - 1).index - range_of(p, first).index + 1;
-    const bool last = arrive(p.arrivals + strip) == parts - 1;
-    if (last) p.arrivals[strip] = 0;
-    sts_u32(flag, last);
+    sts_u32(flag, arrives_last(p.arrivals + strip, parts));
   }
   named_barrier<1>(kThreads);
   return lds_u32(flag);

@@ -98,12 +98,12 @@ struct Unit {
 __device__ __forceinline__ i32 unit_count(const StagedArgs& p) { return p.row_blocks * p.chunks_k * kUnits; }
 __device__ __forceinline__ u32* ready_at(const StagedArgs& p, i32 i) { return p.counters + 4 + i; }
 // A warp that counts units, or waits for them, is through; the last one sets their counters to zero.
-__device__ __forceinline__ void leave(const StagedArgs& p) {
+__device__ __forceinline__ void clear_after_all(const StagedArgs& p) {
   const int lane = threadIdx.x & 31;
-  u32 before = 0;
+  bool last = false;
   __syncwarp();
-  if (lane == 0) before = arrive(p.counters + 1);
-  if (__shfl_sync(~0u, before, 0) != gridDim.x * (kDecoders + 1) - 1) return;
+  if (lane == 0) last = arrives_last(p.counters + 1, gridDim.x * (kDecoders + 1));
+  if (!__shfl_sync(~0u, last, 0)) return;
   for (i32 i = lane; i < 4 + p.panels * p.chunks_k; i += 32) p.counters[i] = 0;
 }
 // The row blocks of a group side by side, along k; then the next group.
@@ -370,10 +370,7 @@ struct Multiplying {
     for (int n = 0; n < kRowTiles; n++) __stcg(mine + n * kConsumers, as_float4(acc[n]));
     named_barrier<1>(kConsumers);
     if (threadIdx.x == 0) {
-      u32* const arrivals = ready_at(p, p.panels * p.chunks_k + item.shared);
-      const bool last = static_cast<i32>(arrive(arrivals)) == p.shares - 1;
-      if (last) *arrivals = 0;
-      sts_u32(start + kLast, last);
+      sts_u32(start + kLast, arrives_last(ready_at(p, p.panels * p.chunks_k + item.shared), p.shares));
     }
     named_barrier<1>(kConsumers);
     if (!lds_u32(start + kLast)) return false;
@@ -447,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul_staged(
     } else if (lane == 0) {
       produce(p, &args.x_map, start);
     }
-    leave(p);
+    clear_after_all(p);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
     Multiplying(p, start, warp, lane).run();
