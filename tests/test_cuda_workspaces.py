@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import cudagraph_trees
 
 from spinfer.kernels.cuda.runtime import Workspaces
 
@@ -28,8 +29,7 @@ def test_one_pair_a_stream() -> None:
 
 def test_nothing_is_kept_of_the_stream_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = SimpleNamespace(stream=SimpleNamespace(cuda_stream=2))
-    trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: manager)
-    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)  # type: ignore[arg-type]
+    monkeypatch.setattr(cudagraph_trees, "get_manager", lambda index, create_if_none_exists: manager)
     workspaces = Workspaces()
     first = workspaces.get(CPU, 2, 100, 100)
     first[1].fill_(1)
@@ -39,8 +39,13 @@ def test_nothing_is_kept_of_the_stream_of_compiled_graphs(monkeypatch: pytest.Mo
     assert workspaces.get(CPU, 1, 100, 100)[1] is workspaces.get(CPU, 1, 100, 100)[1]
 
 
-def test_torch_still_has_the_manager_of_compiled_graphs() -> None:
-    from torch._inductor import cudagraph_trees
+def test_threads_without_compiled_graphs() -> None:
+    workspaces = Workspaces()
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(workspaces.get, CPU, 1, 100, 100).result()
+    assert workspaces.get(CPU, 1, 100, 100)[1] is first[1]
 
+
+def test_torch_still_has_the_manager_of_compiled_graphs() -> None:
     assert cudagraph_trees.get_manager(63, create_if_none_exists=False) is None
     assert "stream" in cudagraph_trees.CUDAGraphTreeManager.__init__.__code__.co_names

@@ -247,7 +247,10 @@ class Workspaces:
 def _belongs_to_compiled_graphs(device: torch.device, stream: int) -> bool:
     """Whether torch.compile(mode="reduce-overhead") warms up and captures on this stream, from a pool of its own."""
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    manager = None if trees is None else trees.get_manager(device.index, create_if_none_exists=False)
+    # Each thread has managers of its own. One without any fails when asked for them (torch 2.11).
+    if trees is None or not torch._C._is_key_in_tls("tree_manager_containers"):
+        return False
+    manager = trees.get_manager(device.index, create_if_none_exists=False)
     return manager is not None and manager.stream.cuda_stream == stream
 
 
