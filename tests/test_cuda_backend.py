@@ -11,6 +11,8 @@ import torch
 
 from spinfer import encode
 from spinfer.kernels.cuda import CudaBackend, backend
+from spinfer.kernels.cuda.layout import LAYOUT
+from spinfer.kernels.packed import PackedWeight
 
 
 @pytest.fixture
@@ -49,3 +51,24 @@ def test_a_missing_extra_is_named(on_gpu: SimpleNamespace, monkeypatch: pytest.M
     monkeypatch.setattr(backend, "_missing", lambda: "cuda-core is not installed (pip install 'spinfer[cuda]')")
     with pytest.warns(UserWarning, match="spinfer.cuda."):
         assert not accepts(on_gpu)
+
+
+def test_layers_that_are_alike_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan takes several launches' time, and prompts have ever other numbers of tokens."""
+    plans = []
+
+    def run(x: torch.Tensor, parts: tuple[torch.Tensor, ...], bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        y.zero_()
+
+    def plan(*key: Any) -> Any:
+        plans.append(key)
+        return key[2], (run,)
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(backend, "_plan", plan)
+    for nnz in (4002, 3998):
+        weight = PackedWeight(LAYOUT, (torch.zeros(1), torch.zeros(1)), (100, 100), nnz, torch.float16)
+        for tokens in (1001, 1008):
+            assert CudaBackend().linear(torch.zeros(tokens, 100), weight, None).shape == (tokens, 100)
+    assert plans[0][:3] == ((100, 100), 40, 1008)
+    assert len(set(plans)) == 1

@@ -278,6 +278,21 @@ def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:
     assert (config.split, config.twins, config.ctas) == (1, 1, 1)
 
 
+@given(sides, sides, st.integers(0, 100), st.integers(1, 4096), st.sampled_from(DEVICES))
+def test_eight_numbers_of_tokens_are_one_case(m: int, k: int, percent: int, tokens: int, device: DeviceTraits) -> None:
+    """`backend._plan` counts on it."""
+    grid = ChunkGrid.of(m, k)
+    exact, shared = (
+        choose(grid, percent * m * k // 100, count, True, device) for count in (tokens, -(-tokens // 8) * 8)
+    )
+    if isinstance(exact, Fused):
+        assert isinstance(shared, Fused)
+        assert exact.passes == shared.passes
+        assert exact.step == shared.step or len(exact.passes) == 1
+    else:
+        assert exact == shared
+
+
 def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     grid = ChunkGrid.of(4096, 4096)
     assert isinstance(choose(grid, 1 << 20, 1, False, H100), Decoded)

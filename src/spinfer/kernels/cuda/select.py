@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -470,7 +469,6 @@ class Decoded:
     row_blocks: int
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits, ranges: int = 0
 ) -> Fused | Staged | Decoded:
