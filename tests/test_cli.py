@@ -117,6 +117,10 @@ def test_bench_compares_in_one_process(pruned_dir: Path, compressed_dir: Path) -
     assert "decode tokens/s" in succeed(*options_first)
 
 
+def test_bench_of_cuda_graphs_needs_a_gpu(compressed_dir: Path) -> None:
+    assert "CUDA device" in error_of("bench", compressed_dir, "--cuda-graphs", "--device", "cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_bench_kernel_needs_a_gpu() -> None:
     assert "CUDA device" in error_of("bench", "kernel", "-m", "64", "-k", "64")

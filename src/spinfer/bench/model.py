@@ -55,6 +55,37 @@ def run_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, 
     return prefilled - start, time.perf_counter() - prefilled
 
 
+class _Clock:
+    """A streamer of transformers that notes when it gets the prompt, and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@torch.inference_mode()
+def generate_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """The same by `generate` with a static cache, for which transformers compiles the decode step into CUDA graphs."""
+    clock = _Clock()
+    model.generate(  # type: ignore[operator]
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens + 1,
+        min_new_tokens=new_tokens + 1,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation="static",
+        streamer=clock,
+    )
+    start, prefilled, *_ = clock.times
+    return prefilled - start, clock.times[-1] - prefilled
+
+
 def time_models(
     models: Mapping[str, nn.Module],
     *,
@@ -62,9 +93,10 @@ def time_models(
     new_tokens: int,
     batch: int = 1,
     repeats: int = 3,
+    cuda_graphs: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, ModelTiming]:
-    """Time models against each other: one warm-up each, then repeats in turn, medians.
+    """Time models against each other: a warm-up each (two with CUDA graphs), then repeats in turn, medians.
 
     Args:
         models: by label; transformers causal language models with the same vocabulary.
@@ -72,18 +104,20 @@ def time_models(
         new_tokens: decode steps.
         batch: sequences.
         repeats: timed runs of each model.
+        cuda_graphs: time `generate_once`, on a GPU, instead of `run_once`.
         progress: called with (runs done, runs).
     """
     vocabulary = min(int(model.config.vocab_size) for model in models.values())  # type: ignore[union-attr, arg-type]
     ids = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    # The cache is as long as prompt and new tokens, and the graphs are of one length.
+    run, warm_ups, warm_up_tokens = (generate_once, 2, new_tokens) if cuda_graphs else (run_once, 1, min(2, new_tokens))
     runs: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
-    for repeat in range(repeats + 1):
+    for repeat in range(-warm_ups, repeats):
         for index, (label, model) in enumerate(models.items()):
-            steps = new_tokens if repeat else min(2, new_tokens)
-            times = run_once(model, ids.to(next(model.parameters()).device), steps)
-            if repeat:
+            times = run(model, ids.to(next(model.parameters()).device), warm_up_tokens if repeat < 0 else new_tokens)
+            if repeat >= 0:
                 runs[label].append(times)
-            progress(repeat * len(models) + index + 1, (repeats + 1) * len(models))
+            progress((repeat + warm_ups) * len(models) + index + 1, (repeats + warm_ups) * len(models))
     return {label: _timing(times, prompt_tokens, new_tokens, batch) for label, times in runs.items()}
 
 

@@ -16,6 +16,7 @@ from spinfer.bench.kernel_masks import MASKS
 from spinfer.bench.model import time_models
 from spinfer.cli.options import Device, Dtype, Json, Model, Threads, resolve_device, set_threads
 from spinfer.cli.output import megabytes, print_json, print_table, progress_bar
+from spinfer.errors import SpinferError
 from spinfer.integrations.transformers.models import load_causal_lm
 
 
@@ -44,12 +45,20 @@ def bench_model(
     repeats: Annotated[int, typer.Option("-r", "--repeats", min=1, help="Timed runs; the median counts.")] = 3,
     output: Annotated[Format, typer.Option("-o", "--output", help="Form of the result.")] = Format.md,
     compare: Annotated[str | None, typer.Option("--compare", metavar="DENSE_DIR", help="Time beside this one.")] = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs", help="Decode from CUDA graphs: generate(cache_implementation='static') of transformers."
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
     """Prefill and decode tokens/s; with --compare the two models take turns in one process."""
     device = resolve_device(device)
+    if cuda_graphs and not device.startswith("cuda"):
+        raise SpinferError(f"--cuda-graphs needs a CUDA device, not {device}; leave it out, or choose --device cuda")
     set_threads(threads)
     paths = [model] if compare is None else [model, compare]
     models = {path: load_causal_lm(path, device=device, dtype=dtype)[0] for path in paths}
@@ -60,6 +69,7 @@ def bench_model(
             new_tokens=new_tokens,
             batch=batch,
             repeats=repeats,
+            cuda_graphs=cuda_graphs,
             progress=progress,
         )
     results: list[dict[str, Any]] = [
@@ -67,6 +77,7 @@ def bench_model(
     ]
     if output is Format.json:
         settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
+        settings["cuda_graphs"] = cuda_graphs
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
         versions = {package: version(package) for package in ("spinfer", "torch", "transformers")}
         print_json({"device": name, "threads": torch.get_num_threads(), **versions, **settings, "results": results})
