@@ -12,8 +12,8 @@ from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
 from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
-_CALL = struct.Struct("8Q2i")
-_CONSTANTS = struct.Struct("11i4x")
+_CALL = struct.Struct("8Q3i")
+_CONSTANTS = struct.Struct("11i")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
 _STAGED_CALL = struct.Struct("7Qqi")
@@ -53,6 +53,7 @@ class FusedPass:
         row_blocks = -(-grid.row_blocks // twins) * twins
         self._copy_tokens = config.copy_tokens if isinstance(config, WideConfig) else config.tokens
         self._strips = passes * row_blocks
+        self._chunks = grid.chunks
         # Pairs of CTAs exchange their sums without memory.
         self._floats = 0 if split > 1 else 2 * config.ctas * grid.chunk_rows * config.tokens
         self._launch_shape = LaunchShape(
@@ -101,6 +102,7 @@ class FusedPass:
             ranges[0].data_ptr() if ranges else 0,
             stride,
             tokens,
+            chunks.numel() * 16 // self._chunks,
         )
         if self._hopper:
             arguments = _tensor_maps.get(address, tokens, in_features, stride, self._copy_tokens) + arguments

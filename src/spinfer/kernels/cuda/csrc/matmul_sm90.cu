@@ -335,7 +335,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   if (warp >= kConsumerWarps) {
     const Work work(p);
     WeightProducer producer(p, start, work, lane);
-    if (warp == kConsumerWarps) producer.load_offsets(0);
+    if (warp == kConsumerWarps) {
+      producer.load_offsets(0);
+      if (!kByCost) producer.prefetch_first();  // chunks of such weights are uneven
+    }
     cta_barrier();
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (warp == kConsumerWarps) producer.run();

@@ -87,12 +87,22 @@ struct WeightProducer {
 
   __device__ __forceinline__ WeightProducer(const MatmulArgs& p, const u32 start, const Work& work, int lane)
       : p(p), start(start), work(work), lane(lane) {}
+  __device__ __forceinline__ i32 chunk_at(const Place& place) const {
+    // With an odd number of row blocks the last one's twin multiplies with it too, for rows that are not there.
+    const i32 row_block = kTwins == 1 ? row_block_of(p, place.strip) : min(row_block_of(p, place.strip), (p.out_features - 1) / kChunkRows);
+    return row_block * p.chunks_k + place.k;
+  }
+  // Asks L2 for about the first chunk, by the mean size, while its offset is on its way: memory has nothing else to do then.
+  // Behind kernels that do not let this one start early it saves 0.3 us a launch (an H200).
+  __device__ __forceinline__ void prefetch_first() const {
+    const i64 begin = static_cast<i64>(chunk_at(work.at(0))) * p.mean_nbytes / 256 * 16;
+    if (lane == 0)
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.weight + begin), "r"(p.mean_nbytes / 256 * 16) : "memory");
+  }
   // What the 32 chunks from the i-th on need, one a lane. Each load serves 31: issuing a chunk takes the next one's size.
   __device__ __forceinline__ void load_offsets(i32 i) {
     const Place place = work.at(min(i + lane, work.count - 1));
-    // With an odd number of row blocks the last one's twin multiplies with it too, for rows that are not there.
-    const i32 row_block = kTwins == 1 ? row_block_of(p, place.strip) : min(row_block_of(p, place.strip), (p.out_features - 1) / kChunkRows);
-    const i32 chunk = row_block * p.chunks_k + place.k;
+    const i32 chunk = chunk_at(place);
     offset = __ldg(p.offsets + chunk);
     offset_next = __ldg(p.offsets + chunk + 1);
     strip = static_cast<u32>(place.strip) | (i + lane + 1 >= work.count || place.k + 1 == work.k_end() ? 1u << 31 : 0);
