@@ -48,8 +48,9 @@ def run_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, 
     token = out.logits[:, -1:].argmax(-1)
     _synchronize(prompt.device)
     prefilled = time.perf_counter()
+    cache = "cache" if "cache" in out else "past_key_values"  # its name from transformers 5.24 on, and before
     for _ in range(new_tokens):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, **{cache: out[cache]}, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     _synchronize(prompt.device)
     return prefilled - start, time.perf_counter() - prefilled
