@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,11 @@ def test_bench_compares_in_one_process(pruned_dir: Path, compressed_dir: Path) -
     assert "decode tokens/s" in succeed(*arguments)
     options_first = ("bench", *arguments[2:], compressed_dir)
     assert "decode tokens/s" in succeed(*options_first)
+
+
+def test_bench_needs_no_tokenizer(compressed_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(compressed_dir, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    assert "decode tokens/s" in succeed("bench", tmp_path / "bare", "-p", "4", "-n", "1", "-r", "1", "--device", "cpu")
 
 
 def test_bench_of_cuda_graphs_needs_a_gpu(compressed_dir: Path) -> None:

@@ -17,7 +17,7 @@ from spinfer.bench.model import time_models
 from spinfer.cli.options import Device, Dtype, Json, Model, Threads, resolve_device, set_threads
 from spinfer.cli.output import megabytes, print_json, print_table, progress_bar
 from spinfer.errors import SpinferError
-from spinfer.integrations.transformers.models import load_causal_lm
+from spinfer.integrations.transformers.models import load_model
 
 
 class Format(StrEnum):
@@ -61,7 +61,7 @@ def bench_model(
         raise SpinferError(f"--cuda-graphs needs a CUDA device, not {device}; leave it out, or choose --device cuda")
     set_threads(threads)
     paths = [model] if compare is None else [model, compare]
-    models = {path: load_causal_lm(path, device=device, dtype=dtype)[0] for path in paths}
+    models = {path: load_model(path, device=device, dtype=dtype) for path in paths}
     with progress_bar("bench") as progress:
         timings = time_models(
             models,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,18 @@ def model_linears(path: str) -> LinearModules:
     return linear_modules(described_model(path))
 
 
-def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
-    """Load a dense or compressed model and its tokenizer, ready for inference.
+@contextmanager
+def _refusals_named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except SpinferError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_model(path: str, *, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
+    """Load a dense or compressed causal language model, ready for inference.
 
     Args:
         path: a model directory.
@@ -58,11 +70,13 @@ def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "auto") -> tu
     """
     if not Path(path, "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; name a Hugging Face model directory")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except SpinferError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {str(error).strip().splitlines()[0]}") from error
-    return model.eval(), tokenizer
+    with _refusals_named(path):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device)
+    return model.eval()
+
+
+def load_causal_lm(path: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Load a model as `load_model` does, and its tokenizer."""
+    model = load_model(path, device=device, dtype=dtype)
+    with _refusals_named(path):
+        return model, AutoTokenizer.from_pretrained(path)
