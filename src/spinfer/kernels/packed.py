@@ -42,6 +42,11 @@ class PackedWeight:
         return self.parts[0].device
 
     @property
+    def percent(self) -> int:
+        """Nonzeros among a hundred weights, to the nearest. Kernels are chosen by it: layers that are alike agree."""
+        return round(100 * self.nnz / (self.shape[0] * self.shape[1]))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the parts."""
         return sum(part.nbytes for part in self.parts)

@@ -21,10 +21,6 @@ from spinfer.integrations.vllm.shares import Shard, Share, fused, shares
 from spinfer.kernels import PackedWeight, pack
 from spinfer.linear import STORAGE_NAMES
 
-_DENSITY_STEPS = 64
-"""Kernels choose their configuration by the nonzeros; counted in 64ths of the matrix, layers of one shape mostly agree,
-so that torch.compile makes one graph for all of them."""
-
 
 class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """One layer's weight: collected part by part, cut, packed as soon as it is complete, then multiplied with.
@@ -173,6 +169,5 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 def _rounded(weight: PackedWeight) -> int:
-    """The weight's nonzeros, as an upper bound that layers of one shape share."""
-    weights = weight.shape[0] * weight.shape[1]
-    return -(-weight.nnz * _DENSITY_STEPS // weights) * weights // _DENSITY_STEPS
+    """About the weight's nonzeros, the same for layers that are alike: torch.compile then makes one graph for them."""
+    return weight.percent * weight.shape[0] * weight.shape[1] // 100

@@ -81,9 +81,7 @@ class CudaBackend:
         tokens = x.shape[0]
         parts = packed.parts
         ranges = parts[2].numel() - 1 if len(parts) > 2 else 0
-        out_features, in_features = packed.shape
-        percent = round(100 * packed.nnz / (out_features * in_features))
-        plan = _plan(packed.shape, percent, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
+        plan = _plan(packed.shape, packed.percent, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
         if isinstance(plan, Decoded):
             return _decoded(x, packed, bias, plan.row_blocks)
         y = x.new_empty((tokens, packed.shape[0]))
