@@ -104,6 +104,7 @@ def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
 
 @pytest.fixture
 def pruned_dir(tmp_path: Path) -> Path:
-    """A pruned dense Llama on disk."""
-    folder = tmp_path / "pruned"
-    return save_with_tokenizer(pruned_model("llama"), folder)
+    """A pruned dense Llama on disk. It has no end token: by chance random weights would choose it."""
+    model = pruned_model("llama")
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return save_with_tokenizer(model, tmp_path / "pruned")
