@@ -71,7 +71,7 @@ class _Clock:
 
 @torch.inference_mode()
 def generate_once(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """The same by `generate` with a static cache, for which transformers compiles the decode step into CUDA graphs."""
+    """What `run_once` does, by `generate` with a static cache: on a GPU its decode steps are CUDA graphs."""
     clock = _Clock()
     model.generate(  # type: ignore[operator]
         prompt,

@@ -77,7 +77,7 @@ def bench_model(
     ]
     if output is Format.json:
         settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
-        settings["cuda_graphs"] = cuda_graphs
+        settings |= {"cuda_graphs": cuda_graphs}
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
         versions = {package: version(package) for package in ("spinfer", "torch", "transformers")}
         print_json({"device": name, "threads": torch.get_num_threads(), **versions, **settings, "results": results})

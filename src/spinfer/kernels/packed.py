@@ -42,9 +42,10 @@ class PackedWeight:
         return self.parts[0].device
 
     @property
-    def percent(self) -> int:
-        """Nonzeros among a hundred weights, to the nearest. Kernels are chosen by it: layers that are alike agree."""
-        return round(100 * self.nnz / (self.shape[0] * self.shape[1]))
+    def rounded_nnz(self) -> int:
+        """Nonzeros to the nearest percent of the weights. Kernels are chosen by it: layers that are alike agree."""
+        weights = self.shape[0] * self.shape[1]
+        return round(100 * self.nnz / weights) * weights // 100
 
     @property
     def nbytes(self) -> int:

@@ -143,7 +143,8 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
             names = tuple(f"packed_{index}_{number}" for number in range(len(weight.parts)))
             for name, part in zip(names, weight.parts, strict=True):
                 layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
-            calls.append((names, weight.layout, list(weight.shape), _rounded(weight), weight.dtype))
+            # Rounded, torch.compile makes one graph for layers that are alike.
+            calls.append((names, weight.layout, list(weight.shape), weight.rounded_nnz, weight.dtype))
         self._calls = tuple(calls)
         self._weights.clear()
 
@@ -166,8 +167,3 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
             outputs.append(torch.ops.spinfer.linear(x, parts, layout, shape, nnz, dtype, part))
             row += shape[0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-
-def _rounded(weight: PackedWeight) -> int:
-    """About the weight's nonzeros, the same for layers that are alike: torch.compile then makes one graph for them."""
-    return weight.percent * weight.shape[0] * weight.shape[1] // 100

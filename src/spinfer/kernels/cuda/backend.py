@@ -81,7 +81,7 @@ class CudaBackend:
         tokens = x.shape[0]
         parts = packed.parts
         ranges = parts[2].numel() - 1 if len(parts) > 2 else 0
-        plan = _plan(packed.shape, packed.percent, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
+        plan = _plan(packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
         if isinstance(plan, Decoded):
             return _decoded(x, packed, bias, plan.row_blocks)
         y = x.new_empty((tokens, packed.shape[0]))
@@ -97,9 +97,9 @@ class CudaBackend:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    shape: tuple[int, int], percent: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int, ranges: int
+    shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int, ranges: int
 ) -> Decoded | tuple[int, tuple[FusedPass | StagedMatmul, ...]]:
-    """What to run for up to `tokens` rows of x and a weight with `percent` % of nonzeros.
+    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros.
 
     Making one takes several launches' time, and a server's prompts have ever other numbers of tokens: so the layers of
     a model that are alike share one, and 8 numbers of tokens do, between which the selection makes no difference.
@@ -108,7 +108,6 @@ def _plan(
     from spinfer.kernels.cuda.runtime import device_traits
 
     grid = ChunkGrid.of(*shape)
-    nnz = percent * shape[0] * shape[1] // 100
     choice = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges)
     if isinstance(choice, Decoded):
         if x_dtype != dtype:

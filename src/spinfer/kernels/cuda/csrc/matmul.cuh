@@ -49,7 +49,7 @@ struct MatmulArgs {
   u32* arrivals;        // [strips], all zero between launches
   const i32* ranges;    // with kByCost: [gridDim.x + 1], the units that they begin with, and the end
   i32 x_stride, tokens;
-  i32 mean_nbytes;  // of a chunk, in 16ths of a byte
+  i32 mean_chunk;  // its size in 16ths of a byte
   i32 out_features, in_features;
   i32 chunks_k, row_blocks;  // row_blocks: up to a multiple of kTwins
   i32 strips;                // passes x row blocks

@@ -95,9 +95,9 @@ struct WeightProducer {
   // Asks L2 for about the first chunk, by the mean size, while its offset is on its way: memory has nothing else to do then.
   // Behind kernels that do not let this one start early it saves 0.3 us a launch (an H200).
   __device__ __forceinline__ void prefetch_first() const {
-    const i64 begin = static_cast<i64>(chunk_at(work.at(0))) * p.mean_nbytes / 256 * 16;
+    const i64 begin = static_cast<i64>(chunk_at(work.at(0))) * p.mean_chunk / 256 * 16;
     if (lane == 0)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.weight + begin), "r"(p.mean_nbytes / 256 * 16) : "memory");
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.weight + begin), "r"(p.mean_chunk / 256 * 16) : "memory");
   }
   // What the 32 chunks from the i-th on need, one a lane. Each load serves 31: issuing a chunk takes the next one's size.
   __device__ __forceinline__ void load_offsets(i32 i) {
