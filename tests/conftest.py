@@ -77,8 +77,9 @@ ARCHITECTURES = {
 
 
 def pruned_model(architecture: str, *, sparsity: float = 0.6, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A model with random weights whose Linears are pruned by magnitude."""
+    """A model with random weights, Linears pruned by magnitude. No token ends a text: by chance one would come."""
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[architecture]), dtype=dtype).eval()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     for name in linear_modules(model).linears:
         prune_magnitude_(model.get_submodule(name).weight, sparsity)
     return model
@@ -104,7 +105,6 @@ def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
 
 @pytest.fixture
 def pruned_dir(tmp_path: Path) -> Path:
-    """A pruned dense Llama on disk. It has no end token: by chance random weights would choose it."""
-    model = pruned_model("llama")
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    return save_with_tokenizer(model, tmp_path / "pruned")
+    """A pruned dense Llama on disk."""
+    folder = tmp_path / "pruned"
+    return save_with_tokenizer(pruned_model("llama"), folder)
