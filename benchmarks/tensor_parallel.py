@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import AutoModelForCausalLM
 
 import spinfer
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--commit", required=True, help="of the code")
     arguments = parser.parse_args()
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -66,6 +68,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
         "ranks": ranks,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": arguments.commit,
+        "date": time.strftime("%Y-%m-%d"),
         "load_s": round(loaded_s, 1),
         "sparse_gib_a_rank": round(sum(module.weight_nbytes for module in sparse) / 2**30, 3),
         "rows": [],
