@@ -71,6 +71,8 @@ ARCHITECTURES = {
         num_key_value_heads=2,
         vocab_size=320,
         max_position_embeddings=128,
+        attention_bias=True,
+        mlp_bias=True,
     ),
     "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320, n_positions=128),
 }
@@ -81,7 +83,10 @@ def pruned_model(architecture: str, *, sparsity: float = 0.6, dtype: torch.dtype
     model = AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[architecture]), dtype=dtype).eval()
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     for name in linear_modules(model).linears:
-        prune_magnitude_(model.get_submodule(name).weight, sparsity)
+        linear = model.get_submodule(name)
+        prune_magnitude_(linear.weight, sparsity)
+        if linear.bias is not None:
+            torch.nn.init.normal_(linear.bias, std=0.1)  # transformers sets them to zero, so that nothing could be seen
     return model
 
 

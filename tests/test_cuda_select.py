@@ -133,6 +133,29 @@ def test_staging_pays_for_many_tokens(shape: tuple[int, int], tokens: int, kind:
 
 
 @pytest.mark.parametrize(
+    ("shape", "density", "tokens", "uneven", "kind"),
+    [
+        ((4096, 14336), 0.4, 32, False, HopperConfig),
+        ((4096, 14336), 0.4, 40, False, HopperConfig),
+        ((4096, 14336), 0.4, 40, True, WideConfig),
+        ((4096, 14336), 0.4, 41, False, WideConfig),
+        ((4096, 14336), 0.3, 48, False, HopperConfig),
+        ((4096, 14336), 0.3, 49, False, WideConfig),
+        ((4096, 14336), 0.6, 40, False, WideConfig),
+        ((2048, 8192), 0.4, 40, False, WideConfig),
+        ((8192, 8192), 0.4, 33, False, WideConfig),
+    ],
+)
+def test_more_than_32_tokens_stay_narrow_where_the_ring_is_long_enough(
+    shape: tuple[int, int], density: float, tokens: int, uneven: bool, kind: type[HopperConfig] | type[WideConfig]
+) -> None:
+    ranges = H100.sm_count if uneven else 0
+    plan = choose(ChunkGrid.of(*shape), int(density * shape[0] * shape[1]), tokens, True, H100, ranges)
+    assert isinstance(plan, Fused)
+    assert isinstance(plan.passes[0], kind)
+
+
+@pytest.mark.parametrize(
     ("shape", "tokens", "whole", "shares"),
     [
         ((4096, 4096), 512, 0, 2),

@@ -8,15 +8,33 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel, TensorParallelLayer
 
 from spinfer.errors import SpinferError
 from spinfer.format.cut import cut_columns, cut_rows
 from spinfer.format.layout import GROUP_TILE
 from spinfer.linear import SparseLinear
 
-_WHOLE = "spinfer_whole"
+
+class _Rowwise(RowwiseParallel):  # type: ignore[misc]
+    """Adds up as transformers does what ranks computed with an nn.Linear; outputs of ours it would make DTensors of."""
+
+    def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
+        if not isinstance(module, SparseLinear) or type(output) is not Tensor or output.requires_grad:
+            return super().transform_output_post_forward(module, output, mesh)
+        dist.all_reduce(output, group=mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"))
+        bias = module.bias
+        if bias is None:
+            return output
+        return output + (bias.to_local() if isinstance(bias, DTensor) else bias)
+
+
+_WHOLE, _ROWWISE = "spinfer_whole", "spinfer_rowwise"
 ALL_PARALLEL_STYLES.register(_WHOLE, TensorParallelLayer())
+ALL_PARALLEL_STYLES.register(_ROWWISE, _Rowwise())
 
 
 def _rule(path: str) -> str:
@@ -29,6 +47,8 @@ def load_whole(model: Any, path: str, module: Any) -> None:
     plan = getattr(model, "tp_plan", None) or {}
     if _rule(path) in plan:
         plan[f"{_rule(path)}.weight"] = _WHOLE
+        if plan[_rule(path)] == "rowwise":
+            plan[_rule(path)] = _ROWWISE
         module._hf_quantized_needs_local_tp = True  # transformers then calls it with local tensors
 
 
@@ -43,7 +63,7 @@ def keep_share(model: Any, path: str, module: SparseLinear) -> None:
     style = (getattr(model, "tp_plan", None) or {}).get(_rule(path))
     if ranks == 1 or style is None:
         return
-    if not style.startswith(("colwise", "rowwise")):
+    if not style.startswith(("colwise", "rowwise", _ROWWISE)):
         raise SpinferError(f"{path}: compressed weights cannot be split in the style {style!r}")
     by_rows = style.startswith("colwise")
     each, rest = divmod(module.out_features if by_rows else module.in_features, ranks)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 
 _MAX_NARROW = 32
-"""Up to so many tokens csrc/matmul_sm90.cu is the faster one."""
+"""Up to so many tokens csrc/matmul_sm90.cu is the faster one; see _narrow_pays."""
 
-_NARROW_TILES = (8, 16, 24, 32)
+_NARROW_TILES = (8, 16, 24, 32, 40, 48)
+_NARROW_LEAST_BUSY, _NARROW_LEAST_CHUNKS = 0.6, 3.6
+"""From 33 tokens on; see _narrow_pays."""
+
 _NARROW_SCRATCH_NBYTES = 16 * 1024
 """What its 16 warps add up through at a time: 8 tokens of 32 rows each."""
 
@@ -219,7 +222,7 @@ def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
 def hopper_config(
     grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int | None = None, by_cost: bool = False
 ) -> HopperConfig:
-    """Configuration of the kernel for 1 to 32 tokens.
+    """Configuration of the kernel for 1 to 32 tokens, and for up to 48 where `_narrow_pays` says so.
 
     Args:
         grid: how the weight is cut.
@@ -233,8 +236,7 @@ def hopper_config(
     if by_cost:
         split = 1
     if split is None:
-        # At 24 and 32 tokens only the kernel without pairs has wgmma, which large matrices gain more from.
-        split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
+        split = 2 if _narrow_split_pays(grid, nnz, tile, traits) else 1
     x_nbytes = grid.blocks_k * tile * 128
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
@@ -256,6 +258,28 @@ def hopper_config(
         shared_nbytes=ring_at + ring,
         in_flight=_IN_FLIGHT,
     )
+
+
+def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by_cost: bool) -> bool:
+    """Whether csrc/matmul_sm90.cu is faster than csrc/matmul_wide_sm90.cu.
+
+    From 33 tokens on it would spill without pairs of CTAs and chunks of 64 rows, and x leaves less of shared memory to
+    the ring. Measured on an H200: 4096 x 14336 with 3.9 chunks in the ring 27.3 us instead of 32.5, with 3.4 32.3 (3584
+    x 18944: 40.8 instead of 38.8), with 2.8 42.8 instead of 36.1. And 2048 x 8192, which leaves half of the
+    multiprocessors idle, 16.0 instead of 15.3; 2560 x 6912, 15.1 instead of 16.2.
+    """
+    if tokens <= _MAX_NARROW:
+        return True
+    if tokens > _NARROW_TILES[-1] or grid.blocks_m > 2 or by_cost:
+        return False
+    narrow = hopper_config(grid, nnz, tokens, traits)
+    busy = narrow.ctas >= _NARROW_LEAST_BUSY * traits.sm_count
+    return narrow.split == 2 and busy and narrow.ring_nbytes >= _NARROW_LEAST_CHUNKS * grid.mean_chunk_nbytes(nnz)
+
+
+def _narrow_split_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> bool:
+    """Whether pairs of CTAs do there: from 17 tokens on only ranges have wgmma, which large matrices gain more from."""
+    return _split_pays(grid, nnz, traits) and (tokens <= 16 or _copies_us(grid, nnz) < _LARGE_US)
 
 
 def _copies_us(grid: ChunkGrid, nnz: int) -> float:
@@ -485,7 +509,7 @@ def choose(
     hopper = traits.hopper
     if same_dtype and hopper and tokens <= _MOST_FUSED_HOPPER:
         by_cost = ranges == range_count(grid, traits)
-        if tokens <= _MAX_NARROW:
+        if _narrow_pays(grid, nnz, tokens, traits, by_cost):
             return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))
         wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
         if tokens <= _FUSED_HOPPER or not _staging_pays(grid, wide, tokens, traits):

@@ -76,7 +76,13 @@ __device__ __forceinline__ uint4 ldmatrix_x4(u32 address) {
                : "r"(address));
   return v;
 }
-// The reverse: lane 4 g + t gives columns 2 t and 2 t + 1 of row g of each matrix.
+// Two of them, at the addresses that lanes 0 to 15 give.
+__device__ __forceinline__ uint2 ldmatrix_x2(u32 address) {
+  uint2 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+// The reverse of ldmatrix_x4: lane 4 g + t gives columns 2 t and 2 t + 1 of row g of each matrix.
 __device__ __forceinline__ void stmatrix_x4(u32 address, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]),
                "r"(v[3])

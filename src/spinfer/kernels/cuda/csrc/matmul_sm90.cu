@@ -8,7 +8,7 @@
 //
 // 16 consumer warps, one block of each chunk a warp. mma.m16n8k16; for 24 and 32 tokens, where it can be, wgmma with A in
 // registers, which reads x from shared memory itself (28672 x 8192 at 70 % and 32 tokens: 79 us instead of 85). More than 32:
-// matmul_wide_sm90.cu.
+// matmul_wide_sm90.cu, but for up to 48 with pairs of CTAs and chunks of 64 rows.
 #include "common.cuh"
 #include "decode.cuh"
 #include "layout.cuh"
@@ -88,7 +88,8 @@ struct Consumer {
   u32 a[2][2][4];      // fragments of two steps: one being multiplied, one being decoded
   u32 to_release = 0;  // barrier of a chunk whose x the latest products may still read
 #else
-  uint4 bx[kTiles];  // x of 32 columns
+  static constexpr bool kXAhead = kTiles <= 4;  // more tiles would spill
+  uint4 bx[kXAhead ? kTiles : 1];               // x of 32 columns
 #endif
   u32 turn = 0;  // of the chunk to open next: its number x 2^28, so that the top bit is the phase of its slot's barriers
 
@@ -124,17 +125,27 @@ struct Consumer {
     wgmma_commit();
     wgmma_wait<1>();  // the step before: its fragments are written next
 #else
-    if (s % 2 == 0) {
-#pragma unroll
-      for (int n = 0; n < kTiles; n++) bx[n] = ldmatrix_x4((x_block + n * 1024) ^ (s ? 64u : 0u));
-    }
     u32 fragment[2][4];
-    decoder.fragments(fragment, state, s);
+    if constexpr (kXAhead) {
+      if (s % 2 == 0) {
 #pragma unroll
-    for (int r = 0; r < 2; r++)
+        for (int n = 0; n < kTiles; n++) bx[n] = ldmatrix_x4((x_block + n * 1024) ^ (s ? 64u : 0u));
+      }
+      decoder.fragments(fragment, state, s);
 #pragma unroll
-      for (int n = 0; n < kTiles; n++)
-        mma_m16n8k16(acc[r][n], fragment[r], (s & 1) ? bx[n].z : bx[n].x, (s & 1) ? bx[n].w : bx[n].y);
+      for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+          mma_m16n8k16(acc[r][n], fragment[r], (s & 1) ? bx[n].z : bx[n].x, (s & 1) ? bx[n].w : bx[n].y);
+    } else {
+      decoder.fragments(fragment, state, s);
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) {
+        const uint2 b = ldmatrix_x2((x_block + n * 1024) ^ (s * 32));
+#pragma unroll
+        for (int r = 0; r < 2; r++) mma_m16n8k16(acc[r][n], fragment[r], b.x, b.y);
+      }
+    }
 #endif
   }
   // Multiplies this warp's block of one chunk. With kAhead the next chunk is opened meanwhile; without, this one is given back
