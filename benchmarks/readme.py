@@ -35,10 +35,11 @@ FIDELITY = (RESULTS / "h100" / "pruning_fidelity.json", RESULTS / "cpu" / "epyc-
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")]
 VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
-VLLM_PDL = RESULTS / "h100" / "vllm_pdl.json"
+VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
 VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b")]
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
-VLLM_70B = [RESULTS / "h100" / "vllm_70b.json", RESULTS / "h100" / "vllm_70b_2gpus.json"]
+VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
+TENSOR_PARALLEL = [RESULTS / "h200" / f"tensor_parallel_70b{name}.json" for name in ("", "_2gpus", "_fp16")]
 
 
 def linked(text: str, *files: Path) -> str:
@@ -207,12 +208,7 @@ def _vllm_on_cpu(file: Path) -> str:
 
 def vllm_step() -> str:
     """Where the time of a decode step goes."""
-    results = [vllm_result(), *(json.loads(file.read_text()) for file in VLLM_70B)]
-    tables = [vllm_report.breakdown(result, batches=(1, 16, 32)) for result in results]
-    head, *rows = [table.splitlines() for table in tables if table]
-    lines = [*head, *(line for table in rows for line in table[2:])]
-    text = "\n".join([*lines, "", "Microseconds; of several GPUs, the first's."])
-    return linked(text, *VLLM, *(file for file, table in zip(VLLM_70B, tables[1:], strict=True) if table))
+    return linked(f"{vllm_report.breakdown(vllm_result(), batches=(1, 16, 32))}\n\nMicroseconds.", *VLLM)
 
 
 def vllm_first() -> str:
@@ -222,14 +218,41 @@ def vllm_first() -> str:
 
 
 def vllm_70b() -> str:
-    """A model that one GPU holds only when it is sparse, on one GPU and on two."""
-    results = [json.loads(file.read_text()) for file in VLLM_70B]
+    """A model that one GPU holds only when it is sparse, on one GPU and on two of each kind."""
+    return "\n\n".join(map(_vllm_70b, VLLM_70B))
+
+
+def _vllm_70b(files: list[Path]) -> str:
+    results = [json.loads(file.read_text()) for file in files]
     run = results[0]["runs"][0]
     what = (
         f"{run['model']}'s shape, {results[0]['sparsity']:.0%} sparse, {run['rows'][0]['input']} tokens in; "
         f"{results[0]['device']}, vLLM {results[0]['vllm']}:"
     )
-    return linked(f"{what}\n\n{vllm_report.scaling(results)}", *VLLM_70B)
+    steps = [table.splitlines() for table in map(vllm_report.breakdown, results) if table]
+    step = "\n".join([*steps[0], *(line for table in steps[1:] for line in table[2:])])
+    of_step = f"Of a step of decoding on the first GPU, microseconds:\n\n{step}"
+    return linked(f"{what}\n\n{vllm_report.scaling(results)}\n\n{of_step}", *files)
+
+
+def tensor_parallel() -> str:
+    """The same model in transformers."""
+    one, two, fp16 = (json.loads(file.read_text()) for file in TENSOR_PARALLEL)
+    lines = ["| GPUs | batch | tokens/s | over one | GiB allocated a GPU |", "| ---: | ---: | ---: | ---: | ---: |"]
+    for result in (one, two):
+        for base, row in zip(one["rows"], result["rows"], strict=True):
+            ratio = f"{base['decode_ms'] / row['decode_ms']:.2f}x"
+            cells = (row["batch"], f"{row['decode_tokens_per_s']:.1f}", ratio, f"{result['allocated_gib_a_rank']:.1f}")
+            lines.append(f"| {result['ranks']} | {' | '.join(map(str, cells))} |")
+    differences = " and ".join(
+        f"{result['largest_logit_difference']:.3f} in {name} (of {result['largest_logit']:.1f})"
+        for name, result in (("bf16", one), ("fp16", fp16))
+    )
+    what = f"{one['device']}, transformers {one['transformers']}, torch {one['torch']}, commit {one['commit'][:7]}:"
+    text = "\n".join(lines)
+    return linked(
+        f"{what}\n\n{text}\n\nBetween one GPU and two logits differ by up to {differences}.", *TENSOR_PARALLEL
+    )
 
 
 def pruning() -> str:
@@ -289,7 +312,8 @@ def verdict(result: dict[str, Any]) -> str:
 
 def one_gpu() -> str:
     """The README's line on a model that fits one GPU only when it is sparse."""
-    result = json.loads(VLLM_70B[0].read_text())
+    file = VLLM_70B[0][0]
+    result = json.loads(file.read_text())
     run = result["runs"][0]
     row = run["rows"][0]
     text = (
@@ -297,7 +321,7 @@ def one_gpu() -> str:
         f"{run['weights_gib'][0]:.1f} GiB of weights, "
         f"{row['decode_tokens_per_s']:.1f} tokens a second at batch {row['batch']}."
     )
-    return linked(text, VLLM_70B[0])
+    return linked(text, file)
 
 
 def fidelity() -> str:
@@ -387,6 +411,7 @@ BLOCKS = {
         "vllm-step": vllm_step,
         "vllm-first": vllm_first,
         "vllm-70b": vllm_70b,
+        "tensor-parallel": tensor_parallel,
         "vllm-cpu": vllm_cpu,
     },
 }

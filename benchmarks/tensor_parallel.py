@@ -90,7 +90,7 @@ def main() -> None:
             torch.save(logits, arguments.logits)
 
     for batch in arguments.batches:
-        timed(model, batch, arguments.input, 2)
+        timed(model, batch, arguments.input, arguments.new_tokens)  # attention plans for each new length
         one = statistics.median(timed(model, batch, arguments.input, 1) for _ in range(arguments.repeats))
         whole = statistics.median(
             timed(model, batch, arguments.input, arguments.new_tokens) for _ in range(arguments.repeats)
