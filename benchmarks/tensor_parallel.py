@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import spinfer
 
@@ -55,7 +56,9 @@ def main() -> None:
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options: dict[str, Any] = {"tp_plan": "auto"} if ranks > 1 else {"device_map": device}
+    options: dict[str, Any] = (
+        {"distributed_config": DistributedConfig(tp_plan="auto")} if ranks > 1 else {"device_map": device}
+    )
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         arguments.directory, dtype=getattr(torch, arguments.dtype), **options

@@ -20,11 +20,13 @@ warnings.simplefilter("ignore")
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 import spinfer
 
 torch.set_num_threads(1)
 try:
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, tp_plan="auto").eval()
+    plan = DistributedConfig(tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, distributed_config=plan).eval()
     tokens = torch.tensor(json.loads(sys.argv[2]))
     with torch.no_grad():
         logits = model(tokens).logits
