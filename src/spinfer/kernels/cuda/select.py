@@ -236,7 +236,8 @@ def hopper_config(
     if by_cost:
         split = 1
     if split is None:
-        split = 2 if _narrow_split_pays(grid, nnz, tile, traits) else 1
+        # From 17 tokens on only the kernel without pairs has wgmma, which large matrices gain more from.
+        split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
     x_nbytes = grid.blocks_k * tile * 128
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
     room = traits.shared_nbytes - fixed
@@ -275,11 +276,6 @@ def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, b
     narrow = hopper_config(grid, nnz, tokens, traits)
     busy = narrow.ctas >= _NARROW_LEAST_BUSY * traits.sm_count
     return narrow.split == 2 and busy and narrow.ring_nbytes >= _NARROW_LEAST_CHUNKS * grid.mean_chunk_nbytes(nnz)
-
-
-def _narrow_split_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> bool:
-    """Whether pairs of CTAs do there: from 17 tokens on only ranges have wgmma, which large matrices gain more from."""
-    return _split_pays(grid, nnz, traits) and (tokens <= 16 or _copies_us(grid, nnz) < _LARGE_US)
 
 
 def _copies_us(grid: ChunkGrid, nnz: int) -> float:
