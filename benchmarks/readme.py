@@ -171,7 +171,7 @@ def vllm_h200() -> str:
 
 def _breakdown(result: dict[str, Any], what: str) -> str:
     name = {"step": "a step of decoding", "first": "the first token"}[what]
-    return f"Of {name}, microseconds:\n\n{vllm_report.breakdown(result, what)}"
+    return f"Of {name}, microseconds:\n\n{vllm_report.breakdown([result], what)}"
 
 
 def vllm_cpu() -> str:
@@ -208,12 +208,12 @@ def _vllm_on_cpu(file: Path) -> str:
 
 def vllm_step() -> str:
     """Where the time of a decode step goes."""
-    return linked(f"{vllm_report.breakdown(vllm_result(), batches=(1, 16, 32))}\n\nMicroseconds.", *VLLM)
+    return linked(f"{vllm_report.breakdown([vllm_result()], batches=(1, 16, 32))}\n\nMicroseconds.", *VLLM)
 
 
 def vllm_first() -> str:
     """Where the time to the first token goes."""
-    table = vllm_report.breakdown(vllm_result(), "first", batches=(1, 8, 32))
+    table = vllm_report.breakdown([vllm_result()], "first", batches=(1, 8, 32))
     return linked(f"{table}\n\nMicroseconds, of prompts of 128 tokens.", *VLLM)
 
 
@@ -229,10 +229,8 @@ def _vllm_70b(files: list[Path]) -> str:
         f"{run['model']}'s shape, {results[0]['sparsity']:.0%} sparse, {run['rows'][0]['input']} tokens in; "
         f"{results[0]['device']}, vLLM {results[0]['vllm']}:"
     )
-    steps = [table.splitlines() for table in map(vllm_report.breakdown, results) if table]
-    step = "\n".join([*steps[0], *(line for table in steps[1:] for line in table[2:])])
-    of_step = f"Of a step of decoding on the first GPU, microseconds:\n\n{step}"
-    return linked(f"{what}\n\n{vllm_report.scaling(results)}\n\n{of_step}", *files)
+    step = f"Of a step of decoding on the first GPU, microseconds:\n\n{vllm_report.breakdown(results)}"
+    return linked(f"{what}\n\n{vllm_report.scaling(results)}\n\n{step}", *files)
 
 
 def tensor_parallel() -> str:

@@ -119,16 +119,17 @@ def scaling(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def breakdown(result: Mapping[str, Any], what: str = "step", batches: Sequence[int] = ()) -> str:
+def breakdown(results: Sequence[Mapping[str, Any]], what: str = "step", batches: Sequence[int] = ()) -> str:
     """Microseconds by kind of kernel, Markdown; empty where nothing was profiled.
 
     Args:
-        result: of one call, or of several together.
+        results: of calls, or of several together.
         what: "step" of decoding, or "first" token of all prompts.
         batches: to show; all, by default.
     """
     profiles = [
-        (model, mode, profile)
+        (model, mode, result["tensor_parallel"], profile)
+        for result in results
         for model, modes in engines(result).items()
         for mode, run in modes.items()
         for profile in run["profiles"]
@@ -137,14 +138,14 @@ def breakdown(result: Mapping[str, Any], what: str = "step", batches: Sequence[i
     ]
     if not profiles:
         return ""
-    kinds = list(profiles[0][2][f"{what}_us"])
+    kinds = list(profiles[0][-1][f"{what}_us"])
     gaps = "gaps" if what == "step" else "first_gaps"
     lines = [
         f"| model | weights | GPUs | batch | {' | '.join(kinds)} | gaps |",
         f"| --- | --- {'| ---: ' * (len(kinds) + 3)}|",
     ]
-    for model, mode, profile in profiles:
-        cells = [f"{result['tensor_parallel']}", f"{profile['batch']}"]
+    for model, mode, gpus, profile in profiles:
+        cells = [f"{gpus}", f"{profile['batch']}"]
         cells += [f"{us:,.0f}" for us in (*profile[f"{what}_us"].values(), profile[f"{gaps}_us"])]
         lines.append(f"| {model} | {MODES.get(mode, MODES['sparse'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -186,7 +187,7 @@ def main() -> None:
     """Print the tables and draw the plot."""
     files = [Path(argument) for argument in sys.argv[1:]]
     result = together([json.loads(file.read_text()) for file in files if file.suffix == ".json"])
-    parts = (speed(result), memory(result), breakdown(result), breakdown(result, "first"))
+    parts = (speed(result), memory(result), breakdown([result]), breakdown([result], "first"))
     print("\n\n".join(part for part in parts if part))
     for file in files:
         if file.suffix == ".svg":

@@ -28,7 +28,7 @@ class _Rowwise(RowwiseParallel):  # type: ignore[misc]
     def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
         if not isinstance(module, SparseLinear) or type(output) is not Tensor or output.requires_grad:
             return super().transform_output_post_forward(module, output, mesh)
-        dist.all_reduce(output, group=mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp"))
+        dist.all_reduce(output, group=mesh.get_group(_dimension(mesh)))
         bias = module.bias
         if bias is None:
             return output
@@ -38,6 +38,11 @@ class _Rowwise(RowwiseParallel):  # type: ignore[misc]
 _WHOLE, _ROWWISE = "spinfer_whole", "spinfer_rowwise"
 ALL_PARALLEL_STYLES.register(_WHOLE, TensorParallelLayer())
 ALL_PARALLEL_STYLES.register(_ROWWISE, _Rowwise())
+
+
+def _dimension(mesh: Any) -> str | None:
+    """The name of a mesh's dimension along which tensors are split; a mesh of one need not have one."""
+    return "tp" if mesh.ndim > 1 else None
 
 
 def _rule(path: str) -> str:
@@ -75,6 +80,5 @@ def keep_share(model: Any, path: str, module: SparseLinear) -> None:
             f"tensor-parallel size {ranks} cuts {path!r}, {module.out_features} x {module.in_features}, inside of a "
             f"GroupTile of {GROUP_TILE} x {GROUP_TILE}, where an encoded matrix cannot be cut; choose another size"
         )
-    mesh = model._device_mesh
-    rank = (mesh["tp"] if mesh.ndim > 1 else mesh).get_local_rank()
+    rank = model._device_mesh.get_local_rank(_dimension(model._device_mesh))
     module.keep_((cut_rows if by_rows else cut_columns)(module.storage.validate(), rank * each, (rank + 1) * each))

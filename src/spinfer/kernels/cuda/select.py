@@ -236,7 +236,7 @@ def hopper_config(
     if by_cost:
         split = 1
     if split is None:
-        # From 17 tokens on only the kernel without pairs has wgmma, which large matrices gain more from.
+        # At 24 and 32 tokens only the kernel without pairs has wgmma, which large matrices gain more from.
         split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
     x_nbytes = grid.blocks_k * tile * 128
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4

@@ -55,7 +55,8 @@ struct MatmulArgs {
   i32 strips;                // passes x row blocks
   i32 each, extra;           // units a range; the first `extra` ranges take one more
   i32 ring_at, ring, in_flight;  // of the weight, in shared memory; in matmul_portable.cu `ring` is a warp's
-  // Of x, likewise: a power of two up to 32 tokens, beyond a multiple of the warps along k (tests/test_cuda_boxes.py).
+  // Of x, likewise: in matmul_sm90.cu a power of two, in matmul_wide_sm90.cu a multiple of the warps along k
+  // (tests/test_cuda_boxes.py).
   i32 boxes;
 };
 
