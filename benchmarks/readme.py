@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
 VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")]
 VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
 VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
-VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b")]
+VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b", "_qwen2.5_32b")]
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
 TENSOR_PARALLEL = [RESULTS / "h200" / f"tensor_parallel_70b{name}.json" for name in ("", "_2gpus", "_fp16")]
@@ -129,19 +130,27 @@ def vllm_result() -> dict[str, Any]:
 
 
 def vllm_in_brief() -> str:
-    """The README's table of decode speed in vLLM, and the plot."""
-    result = vllm_result()
-    what = (
-        f"Tokens a second of decoding, and over dense bf16; {result['sparsity']:.0%} sparse, 128 tokens in, "
-        f"{result['device']}, vLLM {result['vllm']}:"
-    )
+    """The README's tables of decode speed in vLLM, and the plot."""
+    fp8 = "In the plot FP8 is of an earlier call, on another card of the kind."
+    h100, h200 = (_vllm_in_brief(files) for files in (VLLM, VLLM_H200))
+    return "\n\n".join([linked(f"{h100}\n\n{_vllm_plot()}\n\n{fp8}", *VLLM), linked(h200, *VLLM_H200)])
+
+
+def _vllm_in_brief(files: Sequence[Path]) -> str:
+    results = [json.loads(file.read_text()) for file in files]
+    result = vllm_report.together(results)
     commits: dict[str, str] = {}
-    for ran in (json.loads(file.read_text()) for file in VLLM):
+    for ran in results:
         for model in vllm_report.engines(ran):
             commits.setdefault(model, ran["commit"][:7])
-    code = f"Code: {', '.join(f'{model} {commit}' for model, commit in commits.items())}."
-    fp8 = "FP8 is of an earlier call, on another card of the kind."
-    return linked(f"{what}\n\n{vllm_report.in_brief(result, 128)}\n\n{_vllm_plot()}\n\n{code} {fp8}", *VLLM)
+    code = ", ".join(f"{model} {commit}" for model, commit in commits.items())
+    if len(set(commits.values())) == 1:
+        code = next(iter(commits.values()))
+    what = (
+        f"Tokens a second of decoding, and over dense bf16; {result['sparsity']:.0%} sparse, 128 tokens in, "
+        f"{result['device']}, vLLM {result['vllm']}; commit {code}:"
+    )
+    return f"{what}\n\n{vllm_report.in_brief(result, 128)}"
 
 
 def _vllm_plot() -> str:
