@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import spinfer
 from conftest import pruned_model
+from spinfer.kernels.cuda import ahead, backend, compile, runtime
 
 pytestmark = pytest.mark.gpu
 
@@ -89,3 +90,20 @@ def test_peak_memory_of_loading_is_that_of_the_compressed_model(tmp_path: Path) 
     largest_layer = 200 * 128 * 2
     # Allocations are rounded to 512 bytes; a layer being repacked exists twice.
     assert torch.cuda.max_memory_allocated() - before < 1.5 * footprint + 4 * largest_layer
+
+
+def test_no_call_waits_for_a_compiler(
+    compressed: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a model begins to compile all that it may need."""
+    monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path / "cache"))
+    backend._compile_ahead.cache_clear()
+    monkeypatch.setattr(ahead, "COMPILER", ahead.BackgroundCompiler())
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype="auto", device_map="cuda")
+    ahead.COMPILER.wait()
+    runtime._loaded.cache_clear()
+    backend._plan.cache_clear()
+    monkeypatch.setattr(compile, "compile_source", None)
+    for count in (1, 17, 40, 200, 700, 1500):
+        ids = tokens.cuda().flatten().repeat(-(-count // tokens.numel()))[:count]
+        assert model(ids[None], use_cache=False).logits.isfinite().all()

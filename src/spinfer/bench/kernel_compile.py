@@ -11,13 +11,12 @@ import torch
 from spinfer.kernels.cuda.compile import KernelSource, cubin
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.matmul import source, staged_source
-from spinfer.kernels.cuda.select import Decoded, DeviceTraits, Fused, Staged, choose, code_arch, range_count
+from spinfer.kernels.cuda.repack import repack_source
+from spinfer.kernels.cuda.select import DeviceTraits, Plan, choose, range_count
+from spinfer.kernels.cuda.sources import sources_of
 
 
-def plan_of(
-    m: int, k: int, density: float, tokens: int, traits: DeviceTraits, *, uneven: bool = False
-) -> Fused | Staged | Decoded:
+def plan_of(m: int, k: int, density: float, tokens: int, traits: DeviceTraits, *, uneven: bool = False) -> Plan:
     """What the selection chooses for a weight (m, k) of this density and x of the same dtype."""
     grid = ChunkGrid.of(m, k)
     ranges = range_count(grid, traits) if uneven else 0
@@ -47,16 +46,13 @@ def kernel_sources(
     found: dict[KernelSource, None] = {}
     for m, k in shapes:
         grid = ChunkGrid.of(m, k)
-        blocks = (("SPINFER_BLOCKS_M", grid.blocks_m),)
-        found[KernelSource("repack.cu", code_arch(traits.capability), blocks)] = None
+        found[repack_source(grid, traits.capability)] = None
         found[dense_source(grid, traits.capability)] = None
         for density in densities:
             for n, by_cost in itertools.product(tokens, (False, True) if uneven else (False,)):
                 plan = plan_of(m, k, density, n, traits, uneven=by_cost)
-                if isinstance(plan, Staged):
-                    found.update((staged_source(grid, dtype), None) for dtype in dtypes)
-                for config in plan.passes if isinstance(plan, Fused) else ():
-                    found.update((source(grid, config, dtype), None) for dtype in dtypes)
+                for dtype in dtypes:
+                    found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
     return list(found)
 
 

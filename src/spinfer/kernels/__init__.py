@@ -49,4 +49,24 @@ def unpack(packed: PackedWeight) -> TcaBmeTensor:
     return backend_of(packed.layout).unpack(packed)
 
 
-__all__ = ["BACKENDS", "CPU", "CUDA", "TILEWISE", "Backend", "PackedWeight", "backend_of", "pack", "unpack"]
+def compile_ahead(packed: PackedWeight) -> None:
+    """Begin to compile, in the background, what calls with this weight may need; returns at once.
+
+    For models that are going to run: on a GPU each kind of kernel is compiled once a machine, and its first call waits.
+    """
+    if packed.layout == CUDA.layout:
+        CUDA.compile_ahead(packed)
+
+
+__all__ = [
+    "BACKENDS",
+    "CPU",
+    "CUDA",
+    "TILEWISE",
+    "Backend",
+    "PackedWeight",
+    "backend_of",
+    "compile_ahead",
+    "pack",
+    "unpack",
+]

@@ -62,6 +62,10 @@ class CudaBackend:
 
         return PackedWeight(LAYOUT, pack_chunks(weight), weight.shape, weight.nnz, weight.dtype)
 
+    def compile_ahead(self, packed: PackedWeight) -> None:
+        """See `spinfer.kernels.compile_ahead`."""
+        _compile_ahead(packed.shape, packed.rounded_nnz, packed.dtype, packed.device.index, _range_count(packed.parts))
+
     def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
         """The inverse of `pack`, bit-exact."""
         from spinfer.kernels.cuda.repack import unpack_chunks
@@ -80,7 +84,7 @@ class CudaBackend:
                 return self.linear(x, packed, bias)
         tokens = x.shape[0]
         parts = packed.parts
-        ranges = parts[2].numel() - 1 if len(parts) > 2 else 0
+        ranges = _range_count(parts)
         plan = _plan(packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
         if isinstance(plan, Decoded):
             return _decoded(x, packed, bias, plan.row_blocks)
@@ -93,6 +97,20 @@ class CudaBackend:
                 part = slice(i * step, (i + 1) * step)
                 run(x[part], parts, bias, y[part])
         return y
+
+
+def _range_count(parts: tuple[Tensor, ...]) -> int:
+    """Ranges by cost, which only an uneven weight has."""
+    return parts[2].numel() - 1 if len(parts) > 2 else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, index: int, ranges: int) -> None:
+    from spinfer.kernels.cuda.ahead import COMPILER
+    from spinfer.kernels.cuda.runtime import device_traits
+    from spinfer.kernels.cuda.sources import all_sources
+
+    COMPILER.submit(all_sources(shape, nnz, dtype, device_traits(index), ranges))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ def cache_key(source: KernelSource) -> str:
     return hashlib.sha256(_source_digest() + options.encode()).hexdigest()
 
 
+_compiling: dict[KernelSource, threading.Lock] = {}
+
+
 def cubin(source: KernelSource) -> bytes:
     """The compiled kernel, from the cache or from NVRTC.
 
@@ -80,14 +84,34 @@ def cubin(source: KernelSource) -> bytes:
     Raises:
         CompileError: see there.
     """
-    path = env.cache_directory() / f"{source.file.removesuffix('.cu')}-{source.arch}-{cache_key(source)[:32]}.cubin"
+    with _compiling.setdefault(source, threading.Lock()):  # the second of two threads finds what the first has made
+        code = _cached(source)
+        if code is None:
+            code = compile_source(source)
+            _keep(source, code)
+    return code
+
+
+def is_cached(source: KernelSource) -> bool:
+    """Whether `cubin` would find it in the cache."""
+    return _cached(source) is not None
+
+
+def _path(source: KernelSource) -> Path:
+    return env.cache_directory() / f"{source.file.removesuffix('.cu')}-{source.arch}-{cache_key(source)[:32]}.cubin"
+
+
+def _cached(source: KernelSource) -> bytes | None:
     try:
-        entry = path.read_bytes()
-        if hashlib.sha256(entry[_DIGEST_NBYTES:]).digest() == entry[:_DIGEST_NBYTES]:
-            return entry[_DIGEST_NBYTES:]
+        entry = _path(source).read_bytes()
     except OSError:
-        pass
-    code = compile_source(source)
+        return None
+    code = entry[_DIGEST_NBYTES:]
+    return code if hashlib.sha256(code).digest() == entry[:_DIGEST_NBYTES] else None
+
+
+def _keep(source: KernelSource, code: bytes) -> None:
+    path = _path(source)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -100,7 +124,6 @@ def cubin(source: KernelSource) -> bytes:
                 raise
     except OSError as error:
         _warn_uncached(str(error))
-    return code
 
 
 @functools.cache

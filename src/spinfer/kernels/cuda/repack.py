@@ -25,6 +25,11 @@ _CTAS_A_SM = 8
 """Chunks differ in size, so CTAs are a few waves' worth and take chunks in a stride."""
 
 
+def repack_source(grid: ChunkGrid, capability: tuple[int, int]) -> KernelSource:
+    """What to compile for a matrix and a device."""
+    return KernelSource("repack.cu", code_arch(capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
+
+
 def _launch(
     name: str,
     grid: ChunkGrid,
@@ -41,7 +46,7 @@ def _launch(
     geometry = Geometry(grid.out_features, grid.in_features)
     index = device.index
     traits = device_traits(index)
-    source = KernelSource("repack.cu", code_arch(traits.capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
+    source = repack_source(grid, traits.capability)
     parts = (bitmap, group_offsets, values, chunks, offsets, sizes)
     arguments = _REPACK_ARGS.pack(
         *(0 if part is None else part.data_ptr() for part in parts),

@@ -45,7 +45,7 @@ _MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
 _SHARED_RESERVED_NBYTES = 1024
 """What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
-_FUSED_HOPPER, _MOST_FUSED_HOPPER = 512, 1024
+_FUSED_HOPPER, MOST_FUSED_TOKENS = 512, 1024
 """Tokens up to which the fused kernels are the faster ones on Hopper, and up to which they may be (_staging_pays)."""
 
 _STAGED_US, _STAGED_US_A_TOKEN, _STAGING_US, _MORE_PASSES = 1.35e-6, 0.0016e-6, 6.0, 1.08
@@ -489,9 +489,10 @@ class Decoded:
     row_blocks: int
 
 
-def choose(
-    grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits, ranges: int = 0
-) -> Fused | Staged | Decoded:
+Plan = Fused | Staged | Decoded
+
+
+def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits, ranges: int = 0) -> Plan:
     """How to compute x W^T for a weight on a GPU.
 
     Args:
@@ -503,7 +504,7 @@ def choose(
         ranges: by cost that the weight has, made for the GPU on which it was packed; 0 if none.
     """
     hopper = traits.hopper
-    if same_dtype and hopper and tokens <= _MOST_FUSED_HOPPER:
+    if same_dtype and hopper and tokens <= MOST_FUSED_TOKENS:
         by_cost = ranges == range_count(grid, traits)
         if _narrow_pays(grid, nnz, tokens, traits, by_cost):
             return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))

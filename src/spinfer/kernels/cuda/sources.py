@@ -1,0 +1,38 @@
+"""What has to be compiled for a weight: the kernels of a choice, or of all that any number of tokens leads to."""
+
+from __future__ import annotations
+
+import torch
+
+from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.dense import dense_source
+from spinfer.kernels.cuda.layout import ChunkGrid
+from spinfer.kernels.cuda.matmul import source, staged_source
+from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, DeviceTraits, Fused, Plan, Staged, choose
+
+
+def sources_of(grid: ChunkGrid, plan: Plan, dtype: torch.dtype, capability: tuple[int, int]) -> list[KernelSource]:
+    """The kernels of one plan, for x and values of `dtype`."""
+    if isinstance(plan, Fused):
+        return [source(grid, config, dtype) for config in plan.passes]
+    return [staged_source(grid, dtype) if isinstance(plan, Staged) else dense_source(grid, capability)]
+
+
+def all_sources(
+    shape: tuple[int, int], nnz: int, dtype: torch.dtype, traits: DeviceTraits, ranges: int = 0
+) -> list[KernelSource]:
+    """The kernels that a weight may need, those for few tokens first, each once.
+
+    Args:
+        shape: of the weight.
+        nnz: its nonzeros.
+        dtype: of values and x.
+        traits: of the device.
+        ranges: as of `choose`.
+    """
+    grid = ChunkGrid.of(*shape)
+    found: dict[KernelSource, None] = {}
+    for tokens in range(8, MOST_FUSED_TOKENS + 9, 8):  # between eighths the choice is the same, beyond these as well
+        plan = choose(grid, nnz, tokens, True, traits, ranges)
+        found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
+    return list(found)
