@@ -65,7 +65,7 @@ def launches() -> dict[str, float]:
     with torch.inference_mode():
         inference = _host_us(functools.partial(linear, x, weight))
     return {
-        "kernel_us": _host_us(lambda: run(x, weight.parts, None, y)),
+        "kernel_us": _host_us(lambda: run(x, 1, k, weight.parts, None, y)),
         "backend_us": _host_us(functools.partial(backend_of(weight.layout).linear, x, weight, None)),
         "linear_us": _host_us(functools.partial(linear, x, weight)),
         "linear_inference_mode_us": inference,

@@ -6,6 +6,7 @@ and gives the on-disk bytes back when the weight is saved or moved.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +42,7 @@ class PackedWeight:
         """Where the parts are."""
         return self.parts[0].device
 
-    @property
+    @functools.cached_property
     def rounded_nnz(self) -> int:
         """Nonzeros to the nearest percent of the weights. Kernels are chosen by it: layers that are alike agree."""
         weights = self.shape[0] * self.shape[1]
@@ -71,13 +72,22 @@ class Backend(Protocol):
         """Compute x W^T + bias.
 
         Args:
-            x: (tokens, in_features), tokens >= 1, last stride 1, fp16, bf16 or fp32.
+            x: (tokens, in_features) with last stride 1, or contiguous (..., in_features); not empty; fp16, bf16 or
+                fp32. Views are not taken of it on the way here: one takes as long as a third of a launch.
             packed: what `pack` returned.
             bias: (out_features,) of x's dtype, or None.
 
         Returns:
-            (tokens, out_features), dtype and device of x, accumulated in fp32 or better.
+            (..., out_features), contiguous, dtype and device of x, accumulated in fp32 or better.
         """
+
+
+def rows(x: Tensor) -> tuple[int, int]:
+    """Tokens of what `Backend.linear` takes, and how many elements lie from one to the next."""
+    if x.dim() == 2:
+        return x.shape[0], x.stride(0)
+    in_features = x.shape[-1]
+    return x.numel() // in_features, in_features
 
 
 def as_packed(weight: TcaBmeTensor) -> PackedWeight:

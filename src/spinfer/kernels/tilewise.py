@@ -37,6 +37,7 @@ class TilewiseBackend:
 
     def linear(self, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
         """See `Backend.linear`."""
+        leading, x = x.shape[:-1], x.reshape(-1, packed.shape[1])
         y = x.new_empty(x.shape[0], packed.shape[0])
         # Of two types the wider: a bf16 or fp32 weight may lie outside the range of an fp16 x.
         dtype = torch.promote_types(x.dtype, packed.dtype)
@@ -45,7 +46,7 @@ class TilewiseBackend:
             rows = slice(start, start + panel.shape[0])
             part = None if bias is None else bias[rows]
             y[:, rows] = torch.nn.functional.linear(x, panel.to(dtype), part)
-        return y
+        return y.view(*leading, packed.shape[0])
 
     def input_gradient(self, grad: Tensor, packed: PackedWeight) -> Tensor:
         """Compute grad W, (tokens, in_features), for grad (tokens, out_features); summed in fp32 over panels."""

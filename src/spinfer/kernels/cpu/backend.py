@@ -12,7 +12,7 @@ from spinfer.errors import SpinferError
 from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.layout import OFFSET_UNIT
 from spinfer.kernels.cpu.library import CpuLibrary, load
-from spinfer.kernels.packed import PackedWeight
+from spinfer.kernels.packed import PackedWeight, rows
 
 CPU_LAYOUT = "cpu_panels"
 """Parts: values, 1-D, in the panels' order, with spare bytes at the end; masks, int32 [panels * column pairs * 2];
@@ -100,8 +100,8 @@ class CpuBackend:
         native_linear, tier = self._kernel
         values, masks, offsets = packed.parts
         out_features, in_features = packed.shape
-        tokens = x.shape[0]
-        y = torch.empty((tokens, out_features), dtype=x.dtype)
+        tokens, stride = rows(x)
+        y = x.new_empty((*x.shape[:-1], out_features))
         result = native_linear(
             tier,
             values.data_ptr(),
@@ -111,7 +111,7 @@ class CpuBackend:
             in_features,
             _TYPES[packed.dtype],
             x.data_ptr(),
-            x.stride(0),
+            stride,
             tokens,
             _TYPES[x.dtype],
             None if bias is None else bias.data_ptr(),

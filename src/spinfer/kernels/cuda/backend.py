@@ -13,7 +13,7 @@ from torch import Tensor
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import Decoded, Staged, choose
-from spinfer.kernels.packed import PackedWeight
+from spinfer.kernels.packed import PackedWeight, rows
 
 if TYPE_CHECKING:
     from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
@@ -82,20 +82,22 @@ class CudaBackend:
         if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return self.linear(x, packed, bias)
-        tokens = x.shape[0]
+        tokens, stride = rows(x)
         parts = packed.parts
         ranges = _range_count(parts)
         plan = _plan(packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
+        y = x.new_empty((*x.shape[:-1], packed.shape[0]))
         if isinstance(plan, Decoded):
-            return _decoded(x, packed, bias, plan.row_blocks)
-        y = x.new_empty((tokens, packed.shape[0]))
+            _decoded(x.reshape(tokens, -1), packed, bias, plan.row_blocks, y.view(tokens, -1))
+            return y
         step, passes = plan
         if len(passes) == 1:
-            passes[0](x, parts, bias, y)
-        else:
-            for i, run in enumerate(passes):
-                part = slice(i * step, (i + 1) * step)
-                run(x[part], parts, bias, y[part])
+            passes[0](x, tokens, stride, parts, bias, y)
+            return y
+        x_rows, y_rows = x.reshape(tokens, -1), y.view(tokens, -1)
+        for first, run in zip(range(0, tokens, step), passes, strict=True):
+            part = x_rows[first : first + step]
+            run(part, part.shape[0], stride, parts, bias, y_rows[first : first + step])
         return y
 
 
@@ -140,18 +142,17 @@ def _plan(
     return choice.step, tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
 
 
-def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int) -> Tensor:
-    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
+def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int, y: Tensor) -> None:
+    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next; y is (tokens, M)."""
     from spinfer.kernels.cuda.dense import decode_row_blocks
 
     grid = ChunkGrid.of(*packed.shape)
     chunks, offsets = packed.parts[:2]
-    y = x.new_empty(x.shape[0], packed.shape[0])
-    rows = min(row_blocks * grid.chunk_rows, grid.out_features)
-    workspace = torch.empty(rows, grid.in_features, dtype=packed.dtype, device=x.device)
+    most = min(row_blocks * grid.chunk_rows, grid.out_features)
+    workspace = torch.empty(most, grid.in_features, dtype=packed.dtype, device=x.device)
     for first in range(0, grid.row_blocks, row_blocks):
         start = first * grid.chunk_rows
-        part = workspace[: min(rows, grid.out_features - start)]
+        part = workspace[: min(most, grid.out_features - start)]
         decode_row_blocks(chunks, offsets, grid, first, min(row_blocks, grid.row_blocks - first), part)
         dense = part.to(x.dtype).t()
         out = y[:, start : start + part.shape[0]]
@@ -159,4 +160,3 @@ def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: i
             torch.mm(x, dense, out=out)
         else:
             torch.addmm(bias[start : start + part.shape[0]], x, dense, out=out)
-    return y

@@ -53,7 +53,7 @@ class FusedPass:
         row_blocks = -(-grid.row_blocks // twins) * twins
         self._copy_tokens = config.copy_tokens if isinstance(config, WideConfig) else config.tokens
         self._strips = passes * row_blocks
-        self._chunks = grid.chunks
+        self._chunks, self._in_features = grid.chunks, grid.in_features
         # Pairs of CTAs exchange their sums without memory.
         self._floats = 0 if split > 1 else 2 * config.ctas * grid.chunk_rows * config.tokens
         self._launch_shape = LaunchShape(
@@ -74,18 +74,21 @@ class FusedPass:
             boxes,
         )
 
-    def __call__(self, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
+    def __call__(
+        self, x: Tensor, tokens: int, stride: int, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor
+    ) -> None:
         """Write y = x W^T + bias on the current stream; the current device must be x's.
 
         Args:
-            x: (tokens, K), last stride 1, at most as many tokens as the configuration has.
+            x: rows of K elements each, as of `Backend.linear`.
+            tokens: how many, at most as many as the configuration has.
+            stride: elements from one to the next.
             parts: of the weight.
             bias: (M,), or None.
-            y: (tokens, M), contiguous.
+            y: (..., M), contiguous, as many rows.
         """
         chunks, offsets, *ranges = parts
-        tokens, in_features = x.shape
-        x, stride, address = _rows_aligned(x, tokens, in_features)
+        x, stride, address = _rows_aligned(x, tokens, stride, self._in_features)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         partials = arrivals = 0
         if self._floats:
@@ -105,7 +108,7 @@ class FusedPass:
             chunks.numel() * 16 // self._chunks,
         )
         if self._hopper:
-            arguments = _tensor_maps.get(address, tokens, in_features, stride, self._copy_tokens) + arguments
+            arguments = _tensor_maps.get(address, tokens, self._in_features, stride, self._copy_tokens) + arguments
         self._kernel.launch(self._device.index, self._launch_shape, stream, arguments + self._constants)
 
 
@@ -149,14 +152,16 @@ class StagedMatmul:
     ) -> None:
         self._kernel = load(staged_source(grid, dtype), "spinfer_matmul_staged")
         self._launches = [_StagedLaunch(grid, config) for config in launches]
+        self._out_features, self._in_features = grid.out_features, grid.in_features
         self._device = device
 
-    def __call__(self, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
+    def __call__(
+        self, x: Tensor, tokens: int, stride: int, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor
+    ) -> None:
         """Write y = x W^T + bias as `FusedPass` does."""
         chunks, offsets = parts[:2]
-        tokens, in_features = x.shape
-        x, stride, address = _rows_aligned(x, tokens, in_features)
-        x_map = _tensor_maps.get(address, tokens, in_features, stride, _STAGED_TOKENS)
+        x, stride, address = _rows_aligned(x, tokens, stride, self._in_features)
+        x_map = _tensor_maps.get(address, tokens, self._in_features, stride, _STAGED_TOKENS)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         for launch in self._launches:
             workspace = chunks.new_empty(launch.staging_nbytes + launch.partials_nbytes)
@@ -170,18 +175,19 @@ class StagedMatmul:
                 counters.data_ptr(),
                 y.data_ptr() + launch.row * y.element_size(),
                 0 if bias is None else bias.data_ptr() + launch.row * bias.element_size(),
-                y.stride(0),
+                self._out_features,
                 tokens,
             )
             self._kernel.launch(self._device.index, launch.shape, stream, x_map + call + launch.constants)
 
 
-def _rows_aligned(x: Tensor, tokens: int, in_features: int) -> tuple[Tensor, int, int]:
+def _rows_aligned(x: Tensor, tokens: int, stride: int, in_features: int) -> tuple[Tensor, int, int]:
     """x, or a copy of it, whose rows start at multiples of 16 bytes; its row stride and its address."""
     padded, address = -(-in_features // 8) * 8, x.data_ptr()
-    stride = padded if tokens == 1 else x.stride(0)
+    if tokens == 1:
+        stride = padded
     if address % 16 or stride % 8 or stride < in_features:
-        x = x.new_empty(tokens, padded)[:, :in_features].copy_(x)
+        x = x.new_empty(tokens, padded)[:, :in_features].copy_(x.reshape(tokens, in_features))
         return x, padded, x.data_ptr()
     return x, stride, address
 

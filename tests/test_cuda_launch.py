@@ -1,0 +1,145 @@
+"""What `spinfer.linear` gives the CUDA kernels, read by a stand-in for the driver that computes as they do; no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import spinfer
+from spinfer.kernels.cuda import backend, matmul, runtime
+from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.layout import LAYOUT
+from spinfer.kernels.cuda.select import DeviceTraits
+from spinfer.kernels.packed import PackedWeight
+
+HOPPER = DeviceTraits((9, 0), 132, 232448)
+ADA = DeviceTraits((8, 9), 128, 101376)
+MATMUL_ARGS, STAGED_ARGS, MAP = struct.Struct("8Q14i"), struct.Struct("7Qq11i4x"), struct.Struct("5Q88x")
+M, K = 300, 136
+BATCHES = [(1,), (1, 1), (1, 7), (2, 1), (3, 20), (2, 2, 9), (1, 40), (1, 100), (2, 300), (1, 1100)]
+
+
+def array(address: int, count: int) -> np.ndarray[Any, Any]:
+    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))
+
+
+class Driver:
+    """Runs "kernels" on fp32 tensors, of which there are no real ones: types do not matter to how they are launched.
+
+    Attributes:
+        weights: dense ones, by the address of their chunks.
+        launched: the files whose kernels ran.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[int, Tensor] = {}
+        self.launched: list[str] = []
+
+    def load(self, source: KernelSource, name: str) -> Driver.Kernel:
+        return Driver.Kernel(self, source.file)
+
+    class Kernel:
+        def __init__(self, driver: Driver, file: str) -> None:
+            self._driver, self._file = driver, file
+
+        def launch(self, index: int | None, shape: runtime.LaunchShape, stream: int, arguments: bytes) -> None:
+            self._driver.launched.append(self._file)
+            tensor_map = None
+            if self._file != "matmul_portable.cu":
+                tensor_map, arguments = MAP.unpack(arguments[: MAP.size]), arguments[MAP.size :]
+            if self._file == "matmul_staged_sm90.cu":
+                weight, _, _, _, _, y, bias, y_stride, tokens, rows, *_ = STAGED_ARGS.unpack(arguments)
+                x, x_stride, out_features, in_features = None, None, rows, K
+                assert y_stride == M
+            else:
+                weight, _, x, y, bias, _, _, _, x_stride, tokens, _, out_features, in_features, *_ = MATMUL_ARGS.unpack(
+                    arguments
+                )
+            if tensor_map is not None:
+                assert x is None or tensor_map[:4] == (x, tokens, in_features, x_stride)
+                x, tokens_of_map, in_features, x_stride, _ = tensor_map
+                assert tokens_of_map == tokens
+            assert x is not None
+            assert x % 16 == x_stride * 2 % 16 == 0
+            rows_of_x = array(x, (tokens - 1) * x_stride + in_features)
+            taken = np.lib.stride_tricks.as_strided(rows_of_x, (tokens, in_features), (4 * x_stride, 4))
+            product = taken.astype(np.float64) @ self._driver.weights[weight].double().numpy().T
+            if bias:
+                product += array(bias, out_features)
+            array(y, tokens * out_features)[:] = product.astype(np.float32).ravel()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """In place of CUDA; a tensor map is what it describes."""
+    driver, cpu = Driver(), torch.device("cpu")
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch, "device", lambda *_: cpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(matmul, "load", driver.load)
+    monkeypatch.setattr(matmul._tensor_maps, "get", MAP.pack)
+    monkeypatch.setattr(matmul, "_workspaces", runtime.Workspaces())
+    backend._plan.cache_clear()
+    yield driver
+    backend._plan.cache_clear()
+
+
+@pytest.fixture(params=[HOPPER, ADA], ids=["9.0", "8.9"])
+def weight(request: pytest.FixtureRequest, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> PackedWeight:
+    monkeypatch.setattr(runtime, "device_traits", lambda index: request.param)
+    dense = torch.randn(M, K)
+    chunks, offsets = torch.zeros(1 << 16, dtype=torch.uint8), torch.zeros(64, dtype=torch.int32)
+    driver.weights[chunks.data_ptr()] = dense
+    monkeypatch.setattr(backend, "_decoded", decoded(dense))
+    return PackedWeight(LAYOUT, (chunks, offsets), (M, K), round(0.4 * M * K), torch.float32)
+
+
+def decoded(dense: Tensor) -> Callable[..., None]:
+    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int, y: Tensor) -> None:
+        y.copy_(torch.nn.functional.linear(x, dense, bias))
+
+    return run
+
+
+def check(x: Tensor, weight: PackedWeight, driver: Driver, bias: Tensor | None) -> None:
+    (dense,) = driver.weights.values()
+    y = spinfer.linear(x, weight, bias)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, bias), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_any_leading_sides(batch: tuple[int, ...], weight: PackedWeight, driver: Driver) -> None:
+    for bias in (None, torch.randn(M)):
+        check(torch.randn(*batch, K), weight, driver, bias)
+        check(torch.randn(*batch, K), weight, driver, bias)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_any_strides(batch: tuple[int, ...], weight: PackedWeight, driver: Driver) -> None:
+    wide = torch.randn(*batch, 3 * K)
+    check(wide[..., K : 2 * K], weight, driver, None)
+    check(wide[..., 3 : K + 3], weight, driver, None)  # not aligned
+    check(torch.randn(K, *batch).movedim(0, -1), weight, driver, None)
+    check(torch.randn(*batch, 5, K)[..., -1, :], weight, driver, None)
+    check(torch.randn(5, *batch, K).movedim(0, -2)[..., -1:, :], weight, driver, None)
+
+
+def test_every_path_is_taken(weight: PackedWeight, driver: Driver) -> None:
+    for batch in BATCHES:
+        spinfer.linear(torch.randn(*batch, K), weight)
+    hopper = {"matmul_sm90.cu", "matmul_wide_sm90.cu", "matmul_staged_sm90.cu"}
+    assert set(driver.launched) in (hopper, {"matmul_portable.cu"})
+
+
+def test_nothing_is_launched_for_nothing(weight: PackedWeight, driver: Driver) -> None:
+    assert spinfer.linear(torch.randn(2, 0, K), weight).shape == (2, 0, M)
+    assert driver.launched == []
