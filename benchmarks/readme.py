@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,11 @@ PRUNING = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning.json"
 PRUNING_SPEED = RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_speed.json"
 FIDELITY = (RESULTS / "h100" / "pruning_fidelity.json", RESULTS / "cpu" / "epyc-zen4-2-cores" / "pruning_fidelity.json")
 PRUNING_8B = RESULTS / "h100" / "pruning_8b.json"
-VLLM = [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")]
-VLLM_PLOT = RESULTS / "h100" / "vllm.svg"
+VLLM = {
+    "h100": [RESULTS / "h100" / f"vllm{name}.json" for name in ("", "_1024", "_fp8", "_opt_30b", "_qwen2.5_32b")],
+    "h200": [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b", "_qwen2.5_32b")],
+}
 VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
-VLLM_H200 = [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b", "_qwen2.5_32b")]
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
 TENSOR_PARALLEL = [RESULTS / "h200" / f"tensor_parallel_70b{name}.json" for name in ("", "_2gpus", "_fp16")]
@@ -124,23 +124,26 @@ def decode() -> str:
     return "\n\n".join(parts)
 
 
-def vllm_result() -> dict[str, Any]:
-    """The runs in vLLM on one GPU."""
-    return vllm_report.together([json.loads(file.read_text()) for file in VLLM])
+def vllm_result(gpu: str) -> dict[str, Any]:
+    """The runs in vLLM on one GPU of a kind."""
+    return vllm_report.together([json.loads(file.read_text()) for file in VLLM[gpu]])
+
+
+def vllm_plot(gpu: str) -> Path:
+    """Their plot."""
+    return RESULTS / gpu / "vllm.svg"
 
 
 def vllm_in_brief() -> str:
-    """The README's tables of decode speed in vLLM, and the plot."""
-    fp8 = "In the plot FP8 is of an earlier call, on another card of the kind."
-    h100, h200 = (_vllm_in_brief(files) for files in (VLLM, VLLM_H200))
-    return "\n\n".join([linked(f"{h100}\n\n{_vllm_plot()}\n\n{fp8}", *VLLM), linked(h200, *VLLM_H200)])
+    """The README's tables of decode speed in vLLM, and the plots."""
+    fp8 = "In the plot of the H100, FP8 is of an earlier call, on another card of the kind."
+    return "\n\n".join([*map(_vllm_in_brief, VLLM), fp8])
 
 
-def _vllm_in_brief(files: Sequence[Path]) -> str:
-    results = [json.loads(file.read_text()) for file in files]
-    result = vllm_report.together(results)
+def _vllm_in_brief(gpu: str) -> str:
+    result = vllm_result(gpu)
     commits: dict[str, str] = {}
-    for ran in results:
+    for ran in (json.loads(file.read_text()) for file in VLLM[gpu]):
         for model in vllm_report.engines(ran):
             commits.setdefault(model, ran["commit"][:7])
     code = ", ".join(f"{model} {commit}" for model, commit in commits.items())
@@ -148,21 +151,26 @@ def _vllm_in_brief(files: Sequence[Path]) -> str:
         code = next(iter(commits.values()))
     what = (
         f"Tokens a second of decoding, and over dense bf16; {result['sparsity']:.0%} sparse, 128 tokens in, "
-        f"{result['device']}, vLLM {result['vllm']}; commit {code}:"
+        f"{result['device']}, vLLM {result['vllm']}; code: {code}."
     )
-    return f"{what}\n\n{vllm_report.in_brief(result, 128)}"
+    return linked(f"{what}\n\n{vllm_report.in_brief(result, 128)}\n\n{_vllm_picture(gpu)}", *VLLM[gpu])
 
 
-def _vllm_plot() -> str:
-    return f"![Decode speed over dense bf16 against batch]({VLLM_PLOT.relative_to(ROOT).as_posix()})"
+def _vllm_picture(gpu: str) -> str:
+    path = vllm_plot(gpu).relative_to(ROOT).as_posix()
+    return f"![Decode speed over dense bf16 against batch, {gpu.upper()}]({path})"
+
+
+def _vllm_speed(gpu: str) -> str:
+    """Decode speed in vLLM, and what a GPU then has room for."""
+    result = vllm_result(gpu)
+    what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
+    return f"{what}\n\n{vllm_report.speed(result)}\n\n{_vllm_picture(gpu)}\n\n{vllm_report.memory(result)}"
 
 
 def vllm() -> str:
-    """Decode speed in vLLM, and what a GPU then has room for."""
-    result = vllm_result()
-    what = f"Tokens a second of decoding, {result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}:"
-    text = f"{what}\n\n{vllm_report.speed(result)}\n\n{_vllm_plot()}\n\n{vllm_report.memory(result)}"
-    return linked(text, *VLLM)
+    """On the card that the targets are of."""
+    return linked(_vllm_speed("h100"), *VLLM["h100"])
 
 
 def vllm_pdl() -> str:
@@ -173,9 +181,8 @@ def vllm_pdl() -> str:
 
 def vllm_h200() -> str:
     """The same on another card, and where the time goes."""
-    result = vllm_report.together([json.loads(file.read_text()) for file in VLLM_H200])
-    tables = [vllm_report.speed(result), *(_breakdown(result, what) for what in ("step", "first"))]
-    return linked("\n\n".join([f"{result['device']}, vLLM {result['vllm']}:", *tables]), *VLLM_H200)
+    tables = (_breakdown(vllm_result("h200"), what) for what in ("step", "first"))
+    return linked("\n\n".join([_vllm_speed("h200"), *tables]), *VLLM["h200"])
 
 
 def _breakdown(result: dict[str, Any], what: str) -> str:
@@ -217,13 +224,14 @@ def _vllm_on_cpu(file: Path) -> str:
 
 def vllm_step() -> str:
     """Where the time of a decode step goes."""
-    return linked(f"{vllm_report.breakdown([vllm_result()], batches=(1, 16, 32))}\n\nMicroseconds.", *VLLM)
+    table = vllm_report.breakdown([vllm_result("h100")], batches=(1, 16, 32))
+    return linked(f"{table}\n\nMicroseconds.", *VLLM["h100"])
 
 
 def vllm_first() -> str:
     """Where the time to the first token goes."""
-    table = vllm_report.breakdown([vllm_result()], "first", batches=(1, 8, 32))
-    return linked(f"{table}\n\nMicroseconds, of prompts of 128 tokens.", *VLLM)
+    table = vllm_report.breakdown([vllm_result("h100")], "first", batches=(1, 8, 32))
+    return linked(f"{table}\n\nMicroseconds, of prompts of 128 tokens.", *VLLM["h100"])
 
 
 def vllm_70b() -> str:
@@ -446,8 +454,10 @@ def stale() -> list[Path]:
         for plot in map(sweep.path.with_name, sweep.plots()):
             if not plot.exists() or sweep.digest not in plot.read_text(encoding="utf-8"):
                 found.append(plot)
-    if not VLLM_PLOT.exists() or vllm_report.digest(vllm_result()) not in VLLM_PLOT.read_text(encoding="utf-8"):
-        found.append(VLLM_PLOT)
+    for gpu in VLLM:
+        plot = vllm_plot(gpu)
+        if not plot.exists() or vllm_report.digest(vllm_result(gpu)) not in plot.read_text(encoding="utf-8"):
+            found.append(plot)
     return found
 
 
@@ -469,7 +479,8 @@ def main() -> None:
     if not checking:
         for sweep in map(Sweep, GPU_RESULTS):
             write(sweep)
-        vllm_report.plot(vllm_result(), VLLM_PLOT)
+        for gpu in VLLM:
+            vllm_report.plot(vllm_result(gpu), vllm_plot(gpu))
 
 
 if __name__ == "__main__":
