@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """In place of CUDA; a tensor map is what it describes."""
     driver, cpu = Driver(), torch.device("cpu")
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)

@@ -32,7 +32,7 @@ def all_sources(
     """
     grid = ChunkGrid.of(*shape)
     found: dict[KernelSource, None] = {}
-    for tokens in range(8, MOST_FUSED_TOKENS + 9, 8):  # between eighths the choice is the same, beyond these as well
+    for tokens in range(8, MOST_FUSED_TOKENS + 9, 8):  # eight at a time are treated alike, and all beyond these
         plan = choose(grid, nnz, tokens, True, traits, ranges)
         found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
     return list(found)
