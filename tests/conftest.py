@@ -1,4 +1,4 @@
-"""Small pruned models of several architectures."""
+"""Small pruned models of several architectures, and a stand-in for the compiler of kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub; transformers reads it at import
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from spinfer.kernels.cuda import compile as kernel_compile
+from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.model import linear_modules
 from spinfer.pruning import prune_magnitude_
 
@@ -113,3 +116,32 @@ def pruned_dir(tmp_path: Path) -> Path:
     """A pruned dense Llama on disk."""
     folder = tmp_path / "pruned"
     return save_with_tokenizer(pruned_model("llama"), folder)
+
+
+class Nvrtc:
+    """A stand-in for the compiler.
+
+    Attributes:
+        compiled: what it was asked for.
+        meanwhile: called while it compiles.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: list[KernelSource] = []
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def __call__(self, source: KernelSource) -> bytes:
+        self.compiled.append(source)
+        self.meanwhile()
+        return b"\x7fELF" + source.arch.encode()
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Nvrtc:
+    """In place of NVRTC; the cache of kernels is empty and in `tmp_path`."""
+    nvrtc = Nvrtc()
+    monkeypatch.setattr(kernel_compile, "compile_source", nvrtc)
+    monkeypatch.setattr(kernel_compile, "_compiler_versions", lambda: "1.0")
+    monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path / "cache"))
+    kernel_compile._warn_uncached.cache_clear()
+    return nvrtc

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from spinfer.kernels.cuda import compile as kernel_compile
+from conftest import Nvrtc
 from spinfer.kernels.cuda.ahead import BackgroundCompiler
 from spinfer.kernels.cuda.compile import CompileError, KernelSource, cubin, is_cached
 from spinfer.kernels.cuda.layout import ChunkGrid
@@ -41,47 +40,45 @@ def test_no_number_of_tokens_needs_another_kernel(
     assert len(known) == len(needed)
 
 
-@pytest.fixture
-def compile_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[[KernelSource], bytes]], None]:
-    """Puts a stand-in for NVRTC in place; the cache is empty, and there are eight processors."""
-    monkeypatch.setattr(kernel_compile, "_compiler_versions", lambda: "1.0")
+def four_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path))
-    return lambda fake: monkeypatch.setattr(kernel_compile, "compile_source", fake)
 
 
-def test_compiles_each_once_several_at_a_time(
-    compile_with: Callable[[Callable[[KernelSource], bytes]], None],
-) -> None:
-    compiled, together = [], threading.Barrier(4)
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
-    def fake(source: KernelSource) -> bytes:
-        compiled.append(source)
-        together.wait(10)
-        return b"code"
 
-    compile_with(fake)
+def test_compiles_each_once_several_at_a_time(nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    four_at_once(monkeypatch)
+    together = threading.Barrier(4)
+    nvrtc.meanwhile = lambda: together.wait(10)
     compiler = BackgroundCompiler()
     compiler.submit(KERNELS[:8])
     compiler.submit(KERNELS)
     compiler.submit(KERNELS[4:])
     compiler.wait()
-    assert sorted(compiled, key=KERNELS.index) == KERNELS
+    assert sorted(nvrtc.compiled, key=KERNELS.index) == KERNELS
     assert all(map(is_cached, KERNELS))
+    assert {cubin(kernel) for kernel in KERNELS} == {b"\x7fELFsm_80"}
+    assert len(nvrtc.compiled) == len(KERNELS)
 
 
-def test_a_call_waits_for_what_is_being_compiled(
-    compile_with: Callable[[Callable[[KernelSource], bytes]], None],
-) -> None:
-    compiled, begun, let_go = [], threading.Event(), threading.Event()
+def test_what_is_in_the_cache_starts_nothing(nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in KERNELS:
+        cubin(kernel)
+    monkeypatch.setattr(threading, "Thread", None)
+    BackgroundCompiler().submit(KERNELS)
+    assert nvrtc.compiled == KERNELS
 
-    def fake(source: KernelSource) -> bytes:
-        compiled.append(source)
+
+def test_a_call_waits_for_what_is_being_compiled(nvrtc: Nvrtc) -> None:
+    begun, let_go = threading.Event(), threading.Event()
+
+    def meanwhile() -> None:
         begun.set()
         assert let_go.wait(10)
-        return b"code"
 
-    compile_with(fake)
+    nvrtc.meanwhile = meanwhile
     compiler = BackgroundCompiler()
     compiler.submit(KERNELS[:1])
     assert begun.wait(10)
@@ -89,46 +86,31 @@ def test_a_call_waits_for_what_is_being_compiled(
         call = pool.submit(cubin, KERNELS[0])
         assert not call.done()
         let_go.set()
-        assert call.result(10) == b"code"
+        assert call.result(10) == b"\x7fELFsm_80"
     compiler.wait()
-    assert compiled == KERNELS[:1]
+    assert nvrtc.compiled == KERNELS[:1]
 
 
-def test_what_fails_is_left_to_the_call_that_needs_it(
-    compile_with: Callable[[Callable[[KernelSource], bytes]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled = []
+def test_what_fails_is_left_to_the_call_that_needs_it(nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_at_a_time(monkeypatch)
 
-    def fake(source: KernelSource) -> bytes:
-        compiled.append(source)
+    def meanwhile() -> None:
         raise CompileError("no")
 
-    compile_with(fake)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    nvrtc.meanwhile = meanwhile
     compiler = BackgroundCompiler()
     compiler.submit(KERNELS)
     compiler.wait()
-    assert compiled == KERNELS[:1]  # the others would fail as well
+    assert nvrtc.compiled == KERNELS[:1]  # the others would fail as well
     with pytest.raises(CompileError, match="no"):
         cubin(KERNELS[1])
 
 
 def test_nothing_is_compiled_for_a_cache_that_keeps_nothing(
-    compile_with: Callable[[Callable[[KernelSource], bytes]], None],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    compiled = []
-
-    def fake(source: KernelSource) -> bytes:
-        compiled.append(source)
-        return b"code"
-
-    compile_with(fake)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path / "file"))
-    (tmp_path / "file").touch()
-    kernel_compile._warn_uncached.cache_clear()
+    one_at_a_time(monkeypatch)
+    (tmp_path / "cache").write_text("a file where the directory should be")
     compiler = BackgroundCompiler()
 
     def run() -> None:
@@ -137,4 +119,4 @@ def test_nothing_is_compiled_for_a_cache_that_keeps_nothing(
 
     with pytest.warns(UserWarning, match="SPINFER_CACHE_DIR"):
         run()
-    assert compiled == KERNELS[:1]
+    assert nvrtc.compiled == KERNELS[:1]

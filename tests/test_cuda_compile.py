@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import Nvrtc
 from cubin import kernel_usage
 from spinfer.bench.kernel_compile import kernel_sources
 from spinfer.bench.kernel_sweep import SHAPES
@@ -87,19 +88,9 @@ def test_compiler_errors_are_reported() -> None:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[KernelSource]:
-    """A stand-in for NVRTC that records what it is asked for; the cache is empty and in `tmp_path`."""
-    calls: list[KernelSource] = []
-
-    def fake(kernel: KernelSource) -> bytes:
-        calls.append(kernel)
-        return ELF + kernel.arch.encode()
-
-    monkeypatch.setattr(kernel_compile, "compile_source", fake)
-    monkeypatch.setattr(kernel_compile, "_compiler_versions", lambda: "1.0")
-    monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path / "cache"))
-    kernel_compile._warn_uncached.cache_clear()
-    return calls
+def compiled(nvrtc: Nvrtc) -> list[KernelSource]:
+    """What the stand-in for NVRTC was asked for."""
+    return nvrtc.compiled
 
 
 KERNEL = KernelSource("repack.cu", "sm_80", (("SPINFER_BLOCKS_M", 4),))

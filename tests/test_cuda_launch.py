@@ -14,9 +14,10 @@ from torch import Tensor
 
 import spinfer
 from spinfer.kernels.cuda import backend, matmul, runtime
+from spinfer.kernels.cuda import dense as dense_kernel
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.layout import LAYOUT
-from spinfer.kernels.cuda.select import DeviceTraits
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.select import Decoded, DeviceTraits
 from spinfer.kernels.packed import PackedWeight
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)
@@ -98,15 +99,17 @@ def weight(request: pytest.FixtureRequest, driver: Driver, monkeypatch: pytest.M
     dense = torch.randn(M, K)
     chunks, offsets = torch.zeros(1 << 16, dtype=torch.uint8), torch.zeros(64, dtype=torch.int32)
     driver.weights[chunks.data_ptr()] = dense
-    monkeypatch.setattr(backend, "_decoded", decoded(dense))
+    monkeypatch.setattr(dense_kernel, "decode_row_blocks", decoder(dense))
     return PackedWeight(LAYOUT, (chunks, offsets), (M, K), round(0.4 * M * K), torch.float32)
 
 
-def decoded(dense: Tensor) -> Callable[..., None]:
-    def run(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int, y: Tensor) -> None:
-        y.copy_(torch.nn.functional.linear(x, dense, bias))
+def decoder(dense: Tensor) -> Callable[..., None]:
+    def decode(chunks: Tensor, offsets: Tensor, grid: ChunkGrid, first: int, count: int, out: Tensor) -> None:
+        rows = dense[first * grid.chunk_rows : (first + count) * grid.chunk_rows]
+        assert out.shape == rows.shape
+        out.copy_(rows)
 
-    return run
+    return decode
 
 
 def check(x: Tensor, weight: PackedWeight, driver: Driver, bias: Tensor | None) -> None:
@@ -138,6 +141,16 @@ def test_every_path_is_taken(weight: PackedWeight, driver: Driver) -> None:
         spinfer.linear(torch.randn(*batch, K), weight)
     hopper = {"matmul_sm90.cu", "matmul_wide_sm90.cu", "matmul_staged_sm90.cu"}
     assert set(driver.launched) in (hopper, {"matmul_portable.cu"})
+
+
+def test_decoded_a_few_row_blocks_at_a_time(
+    weight: PackedWeight, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "choose", lambda *_: Decoded(row_blocks=2))
+    for bias in (None, torch.randn(M)):
+        check(torch.randn(3, 20, K), weight, driver, bias)
+        check(torch.randn(60, 2 * K)[:, :K], weight, driver, bias)
+    assert driver.launched == []
 
 
 def test_nothing_is_launched_for_nothing(weight: PackedWeight, driver: Driver) -> None:

@@ -19,7 +19,7 @@ from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
-from spinfer.kernels.packed import rows
+from spinfer.kernels.packed import tokens_and_stride
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def check(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
 def fused(x: Tensor, weight: PackedWeight, config: Config, bias: Tensor | None = None) -> Tensor:
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     grid = ChunkGrid.of(*weight.shape)
-    FusedPass(grid, config, x.dtype, x.device)(x, *rows(x), weight.parts, bias, y)
+    FusedPass(grid, config, x.dtype, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
     return y
 
 
@@ -421,7 +421,7 @@ def staged(x: Tensor, weight: PackedWeight, sm_count: int, launches: int = 1, bi
         staged_config(grid, first, min(step, grid.row_blocks - first), x.shape[0], traits)
         for first in range(0, grid.row_blocks, step)
     )
-    StagedMatmul(grid, configs, x.dtype, x.device)(x, *rows(x), weight.parts, bias, y)
+    StagedMatmul(grid, configs, x.dtype, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
     return y
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import spinfer
 from conftest import pruned_model
-from spinfer.kernels.cuda import ahead, backend, compile, runtime
+from spinfer.kernels.cuda import ahead, backend, runtime
+from spinfer.kernels.cuda import compile as kernel_compile
 
 pytestmark = pytest.mark.gpu
 
@@ -103,7 +104,7 @@ def test_no_call_waits_for_a_compiler(
     ahead.COMPILER.wait()
     runtime._loaded.cache_clear()
     backend._plan.cache_clear()
-    monkeypatch.setattr(compile, "compile_source", None)
+    monkeypatch.setattr(kernel_compile, "compile_source", None)
     for count in (1, 17, 40, 200, 700, 1500):
         ids = tokens.cuda().flatten().repeat(-(-count // tokens.numel()))[:count]
         assert model(ids[None], use_cache=False).logits.isfinite().all()

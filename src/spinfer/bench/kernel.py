@@ -27,7 +27,7 @@ from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import portable_config
-from spinfer.kernels.packed import rows
+from spinfer.kernels.packed import tokens_and_stride
 from spinfer.ops import linear
 
 _FP8_MULTIPLE = 16
@@ -171,7 +171,7 @@ class ShapeBench:
         y = torch.empty(x.shape[0], self.m, dtype=self.dtype, device=self._device)
 
         def call(weight: PackedWeight) -> None:
-            run(x, *rows(x), weight.parts, None, y)
+            run(x, *tokens_and_stride(x), weight.parts, None, y)
 
         return self._timer.prepare([functools.partial(call, weight) for weight in self._sparse])
 

@@ -117,7 +117,7 @@ def time_models(
     on_gpu = any(next(model.parameters()).is_cuda for model in models.values())
     warm_up_tokens = new_tokens if cuda_graphs or on_gpu else min(2, new_tokens)
     runs: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
-    COMPILER.wait()
+    COMPILER.wait()  # it takes half of the processors
     for repeat in range(-warm_ups, repeats):
         for index, (label, model) in enumerate(models.items()):
             times = run(model, ids.to(next(model.parameters()).device), warm_up_tokens if repeat < 0 else new_tokens)

@@ -82,7 +82,7 @@ class Backend(Protocol):
         """
 
 
-def rows(x: Tensor) -> tuple[int, int]:
+def tokens_and_stride(x: Tensor) -> tuple[int, int]:
     """Tokens of what `Backend.linear` takes, and how many elements lie from one to the next."""
     if x.dim() == 2:
         return x.shape[0], x.stride(0)

@@ -12,7 +12,7 @@ from spinfer.errors import SpinferError
 from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.layout import OFFSET_UNIT
 from spinfer.kernels.cpu.library import CpuLibrary, load
-from spinfer.kernels.packed import PackedWeight, rows
+from spinfer.kernels.packed import PackedWeight, tokens_and_stride
 
 CPU_LAYOUT = "cpu_panels"
 """Parts: values, 1-D, in the panels' order, with spare bytes at the end; masks, int32 [panels * column pairs * 2];
@@ -100,7 +100,7 @@ class CpuBackend:
         native_linear, tier = self._kernel
         values, masks, offsets = packed.parts
         out_features, in_features = packed.shape
-        tokens, stride = rows(x)
+        tokens, stride = tokens_and_stride(x)
         y = x.new_empty((*x.shape[:-1], out_features))
         result = native_linear(
             tier,

@@ -18,9 +18,10 @@ _MOST_AT_ONCE = 8
 
 
 class BackgroundCompiler:
-    """Brings kernels into the disk cache, in the order in which they are submitted, in daemon threads.
+    """Brings kernels into the disk cache, in the order in which they are submitted.
 
-    What does not compile is left to the call that needs it, which tells why.
+    What does not compile is left to the call that needs it, which tells why. Threads are daemons, because a process
+    would not end before an executor has worked its queue off.
     """
 
     def __init__(self) -> None:
@@ -30,11 +31,11 @@ class BackgroundCompiler:
         self._changed = threading.Condition()
 
     def submit(self, sources: Iterable[KernelSource]) -> None:
-        """Compile these as well, unless they were submitted before; returns at once."""
+        """Compile what of these is new and not in the cache; returns at once."""
         with self._changed:
             new = [source for source in sources if source not in self._submitted]
             self._submitted.update(new)
-            self._waiting.extend(new)
+            self._waiting.extend(source for source in new if not is_cached(source))
             most = min(_MOST_AT_ONCE, max(1, (os.cpu_count() or 1) // 2), len(self._waiting))
             while self._threads < most:
                 self._threads += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from torch import Tensor
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import Decoded, Staged, choose
-from spinfer.kernels.packed import PackedWeight, rows
+from spinfer.kernels.packed import PackedWeight, tokens_and_stride
 
-if TYPE_CHECKING:
-    from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
+Pass = Callable[[Tensor, int, int, tuple[Tensor, ...], Tensor | None, Tensor], None]
+"""As `FusedPass.__call__`."""
 
 _VALUE_DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)
@@ -82,15 +82,12 @@ class CudaBackend:
         if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 return self.linear(x, packed, bias)
-        tokens, stride = rows(x)
+        tokens, stride = tokens_and_stride(x)
         parts = packed.parts
-        ranges = _range_count(parts)
-        plan = _plan(packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, ranges)
+        step, passes = _plan(
+            packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, _range_count(parts)
+        )
         y = x.new_empty((*x.shape[:-1], packed.shape[0]))
-        if isinstance(plan, Decoded):
-            _decoded(x.reshape(tokens, -1), packed, bias, plan.row_blocks, y.view(tokens, -1))
-            return y
-        step, passes = plan
         if len(passes) == 1:
             passes[0](x, tokens, stride, parts, bias, y)
             return y
@@ -118,8 +115,8 @@ def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, index: 
 @functools.lru_cache(maxsize=4096)
 def _plan(
     shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int, ranges: int
-) -> Decoded | tuple[int, tuple[FusedPass | StagedMatmul, ...]]:
-    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros.
+) -> tuple[int, tuple[Pass, ...]]:
+    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros: passes over so many rows each.
 
     Making one takes several launches' time, and a server's prompts have ever other numbers of tokens: so the layers of
     a model that are alike share one, and 8 numbers of tokens do, between which the selection makes no difference.
@@ -135,24 +132,34 @@ def _plan(
                 f"x is {x_dtype} but the sparse weight {dtype}: the fused kernels need one dtype, so the "
                 "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
             )
-        return choice
+        return tokens, (functools.partial(_decoded, grid, choice.row_blocks, dtype),)
     device = torch.device("cuda", index)
     if isinstance(choice, Staged):
         return tokens, (StagedMatmul(grid, choice.launches, dtype, device),)
     return choice.step, tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
 
 
-def _decoded(x: Tensor, packed: PackedWeight, bias: Tensor | None, row_blocks: int, y: Tensor) -> None:
-    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next; y is (tokens, M)."""
+def _decoded(
+    grid: ChunkGrid,
+    row_blocks: int,
+    dtype: torch.dtype,
+    x: Tensor,
+    tokens: int,
+    stride: int,
+    parts: tuple[Tensor, ...],
+    bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
     from spinfer.kernels.cuda.dense import decode_row_blocks
 
-    grid = ChunkGrid.of(*packed.shape)
-    chunks, offsets = packed.parts[:2]
-    most = min(row_blocks * grid.chunk_rows, grid.out_features)
-    workspace = torch.empty(most, grid.in_features, dtype=packed.dtype, device=x.device)
+    chunks, offsets = parts[:2]
+    x, y = x.reshape(tokens, -1), y.view(tokens, -1)
+    rows = min(row_blocks * grid.chunk_rows, grid.out_features)
+    workspace = torch.empty(rows, grid.in_features, dtype=dtype, device=x.device)
     for first in range(0, grid.row_blocks, row_blocks):
         start = first * grid.chunk_rows
-        part = workspace[: min(most, grid.out_features - start)]
+        part = workspace[: min(rows, grid.out_features - start)]
         decode_row_blocks(chunks, offsets, grid, first, min(row_blocks, grid.row_blocks - first), part)
         dense = part.to(x.dtype).t()
         out = y[:, start : start + part.shape[0]]

@@ -93,8 +93,8 @@ def cubin(source: KernelSource) -> bytes:
 
 
 def is_cached(source: KernelSource) -> bool:
-    """Whether `cubin` would find it in the cache."""
-    return _cached(source) is not None
+    """Whether the cache has an entry for it; only `cubin` looks whether that is whole."""
+    return _path(source).is_file()
 
 
 def _path(source: KernelSource) -> Path:
