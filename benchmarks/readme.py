@@ -40,6 +40,7 @@ VLLM = {
 VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
+GENERATE = RESULTS / "h200" / "generate.json"
 TENSOR_PARALLEL = [RESULTS / "h200" / f"tensor_parallel_70b{name}.json" for name in ("", "_2gpus", "_fp16")]
 
 
@@ -136,7 +137,7 @@ def vllm_plot(gpu: str) -> Path:
 
 def vllm_in_brief() -> str:
     """The README's tables of decode speed in vLLM, and the plots."""
-    fp8 = "In the plot of the H100, FP8 is of an earlier call, on another card of the kind."
+    fp8 = "In the H100's plot FP8 is of an earlier call, on another card of the kind."
     return "\n\n".join([*map(_vllm_in_brief, VLLM), fp8])
 
 
@@ -147,8 +148,6 @@ def _vllm_in_brief(gpu: str) -> str:
         for model in vllm_report.engines(ran):
             commits.setdefault(model, ran["commit"][:7])
     code = ", ".join(f"{model} {commit}" for model, commit in commits.items())
-    if len(set(commits.values())) == 1:
-        code = next(iter(commits.values()))
     what = (
         f"Tokens a second of decoding, and over dense bf16; {result['sparsity']:.0%} sparse, 128 tokens in, "
         f"{result['device']}, vLLM {result['vllm']}; code: {code}."
@@ -248,6 +247,25 @@ def _vllm_70b(files: list[Path]) -> str:
     )
     step = f"Of a step of decoding on the first GPU, microseconds:\n\n{vllm_report.breakdown(results)}"
     return linked(f"{what}\n\n{vllm_report.scaling(results)}\n\n{step}", *files)
+
+
+def generate() -> str:
+    """A token of a sparse and of a dense model in transformers, by `spinfer bench`."""
+    result = json.loads(GENERATE.read_text())
+    first = result["runs"][0]
+    lines = ["| | sparse, ms a token | dense | first token, sparse | dense |", "| --- | ---: | ---: | ---: | ---: |"]
+    for run in result["runs"]:
+        names = ["`--cuda-graphs`"] if run["cuda_graphs"] else ["eager"]
+        names += [f"`{name}={value}`" for name, value in run["environment"].items()]
+        times = (model[name] for name in ("decode_step_ms", "time_to_first_token_ms") for model in run["results"])
+        cells = [f"{ms:.1f}" for ms in times]
+        lines.append(f"| {', '.join(names)} | {' | '.join(cells)} |")
+    what = (
+        f"{first['device']}, transformers {first['transformers']}, torch {first['torch']}, "
+        f"{first['prompt_tokens']} tokens in, batch {first['batch']}, commit {result['commit'][:7]}; "
+        f"{result['models']}:"
+    )
+    return linked("\n".join([what, "", *lines]), GENERATE)
 
 
 def tensor_parallel() -> str:
@@ -426,6 +444,7 @@ BLOCKS = {
         "vllm-step": vllm_step,
         "vllm-first": vllm_first,
         "vllm-70b": vllm_70b,
+        "generate": generate,
         "tensor-parallel": tensor_parallel,
         "vllm-cpu": vllm_cpu,
     },
