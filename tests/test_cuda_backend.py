@@ -53,22 +53,22 @@ def test_a_missing_extra_is_named(on_gpu: SimpleNamespace, monkeypatch: pytest.M
         assert not accepts(on_gpu)
 
 
-def test_layers_that_are_alike_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan takes several launches' time, and prompts have ever other numbers of tokens."""
-    plans = []
+def test_layers_that_are_alike_run_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes several launches' time, and prompts have ever other numbers of tokens."""
+    runs = []
 
-    def run(x: torch.Tensor, tokens: int, *others: Any) -> None:
+    def compute(x: torch.Tensor, tokens: int, *others: Any) -> None:
         assert x.shape[0] == tokens
 
-    def plan(*key: Any) -> Any:
-        plans.append(key)
-        return key[2], (run,)
+    def run(*key: Any) -> Any:
+        runs.append(key)
+        return compute
 
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    monkeypatch.setattr(backend, "_plan", plan)
+    monkeypatch.setattr(backend, "_run", run)
     for nnz in (4002, 3998):
         weight = PackedWeight(LAYOUT, (torch.zeros(1), torch.zeros(1)), (100, 100), nnz, torch.float16)
         for tokens in (1001, 1008):
             assert CudaBackend().linear(torch.zeros(tokens, 100), weight, None).shape == (tokens, 100)
-    assert plans[0][:3] == ((100, 100), 4000, 1008)
-    assert len(set(plans)) == 1
+    assert runs[0][:3] == ((100, 100), 4000, 1008)
+    assert len(set(runs)) == 1

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import spinfer
-from spinfer.kernels.cuda import backend, matmul, runtime
-from spinfer.kernels.cuda import dense as dense_kernel
+from spinfer.kernels.cuda import backend, matmul, passes, runtime
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import Decoded, DeviceTraits
@@ -88,9 +87,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(matmul, "load", driver.load)
     monkeypatch.setattr(matmul._tensor_maps, "get", MAP.pack)
     monkeypatch.setattr(matmul, "_workspaces", runtime.Workspaces())
-    backend._plan.cache_clear()
+    backend._run.cache_clear()
     yield driver
-    backend._plan.cache_clear()
+    backend._run.cache_clear()
 
 
 @pytest.fixture(params=[HOPPER, ADA], ids=["9.0", "8.9"])
@@ -99,17 +98,22 @@ def weight(request: pytest.FixtureRequest, driver: Driver, monkeypatch: pytest.M
     dense = torch.randn(M, K)
     chunks, offsets = torch.zeros(1 << 16, dtype=torch.uint8), torch.zeros(64, dtype=torch.int32)
     driver.weights[chunks.data_ptr()] = dense
-    monkeypatch.setattr(dense_kernel, "decode_row_blocks", decoder(dense))
+    monkeypatch.setattr(passes, "RowDecoder", decoder(dense))
     return PackedWeight(LAYOUT, (chunks, offsets), (M, K), round(0.4 * M * K), torch.float32)
 
 
-def decoder(dense: Tensor) -> Callable[..., None]:
-    def decode(chunks: Tensor, offsets: Tensor, grid: ChunkGrid, first: int, count: int, out: Tensor) -> None:
+def decoder(dense: Tensor) -> Callable[..., Callable[..., None]]:
+    def of(grid: ChunkGrid, first: int, count: int, index: int | None) -> Callable[..., None]:
         rows = dense[first * grid.chunk_rows : (first + count) * grid.chunk_rows]
-        assert out.shape == rows.shape
-        out.copy_(rows)
 
-    return decode
+        def decode(chunks: Tensor, offsets: Tensor, out: Tensor) -> None:
+            assert out.shape == rows.shape
+            assert out.stride(0) % 8 == 0
+            out.copy_(rows)
+
+        return decode
+
+    return of
 
 
 def check(x: Tensor, weight: PackedWeight, driver: Driver, bias: Tensor | None) -> None:

@@ -123,12 +123,25 @@ def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_cou
         ((8192, 8192), 1024, Staged),
         ((4096, 14336), 768, Fused),
         ((4096, 14336), 900, Staged),
-        ((4096, 4096), 513, Fused),
-        ((3072, 3072), 1024, Fused),
-        ((3072, 3072), 1025, Staged),
+        ((28672, 4096), 8192, Staged),
+        ((4096, 4096), 512, Fused),
+        ((4096, 4096), 768, Decoded),
+        ((4096, 4096), 1536, Decoded),
+        ((4096, 4096), 8192, Decoded),
+        ((6144, 4096), 512, Fused),
+        ((6144, 4096), 1024, Decoded),
+        ((3072, 3072), 256, Fused),
+        ((3072, 3072), 384, Decoded),
+        ((3072, 3072), 2048, Decoded),
+        ((1020, 3072), 1024, Fused),
+        ((1020, 3072), 1025, Staged),
+        ((1028, 3072), 1025, Staged),
     ],
 )
-def test_staging_pays_for_many_tokens(shape: tuple[int, int], tokens: int, kind: type[Fused] | type[Staged]) -> None:
+def test_the_fastest_of_three_ways_for_many_tokens(
+    shape: tuple[int, int], tokens: int, kind: type[Fused] | type[Staged] | type[Decoded]
+) -> None:
+    """As measured on an H200. Where rows of y are not aligned, or few, cuBLAS is slow."""
     assert isinstance(choose(ChunkGrid.of(*shape), nnz_at_60_percent(shape), tokens, True, H100), kind)
 
 
@@ -303,7 +316,7 @@ def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:
 
 @given(sides, sides, st.integers(0, 100), st.integers(1, 4096), st.sampled_from(DEVICES))
 def test_eight_numbers_of_tokens_are_one_case(m: int, k: int, percent: int, tokens: int, device: DeviceTraits) -> None:
-    """`backend._plan` counts on it."""
+    """`backend._run` counts on it."""
     grid = ChunkGrid.of(m, k)
     exact, shared = (
         choose(grid, percent * m * k // 100, count, True, device) for count in (tokens, -(-tokens // 8) * 8)
@@ -320,7 +333,7 @@ def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     grid = ChunkGrid.of(4096, 4096)
     assert isinstance(choose(grid, 1 << 20, 1, False, H100), Decoded)
     assert isinstance(choose(grid, 1 << 20, 4096, False, H100), Decoded)
-    assert isinstance(choose(grid, 1 << 20, 4096, True, H100), Staged)
+    assert isinstance(choose(ChunkGrid.of(8192, 8192), 1 << 20, 4096, True, H100), Staged)
     assert isinstance(choose(grid, 1 << 20, 4096, True, RTX_4090), Decoded)
     assert isinstance(choose(grid, 1 << 20, 1, True, H100), Fused)
     assert isinstance(choose(grid, 1 << 20, 1, True, RTX_4090), Fused)
@@ -344,6 +357,7 @@ def test_code_arch(capability: tuple[int, int], arch: str) -> None:
 def test_argument_structs_have_the_size_of_the_kernels() -> None:
     # sizeof in csrc without padding at the end
     assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("8Q14i")
+    assert dense._HOPPER_ARGS.size == struct.calcsize("8Q14i")
     assert matmul._STAGED_CALL.size + matmul._STAGED_CONSTANTS.size == struct.calcsize("7Qq11i4x")
     assert repack._REPACK_ARGS.size == struct.calcsize("6Q4i")
     assert dense._ARGS.size == struct.calcsize("4Q6i")

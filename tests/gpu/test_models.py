@@ -103,7 +103,7 @@ def test_no_call_waits_for_a_compiler(
     model = AutoModelForCausalLM.from_pretrained(compressed, dtype="auto", device_map="cuda")
     ahead.COMPILER.wait()
     runtime._loaded.cache_clear()
-    backend._plan.cache_clear()
+    backend._run.cache_clear()
     monkeypatch.setattr(kernel_compile, "compile_source", None)
     for count in (1, 17, 40, 200, 700, 1500):
         ids = tokens.cuda().flatten().repeat(-(-count // tokens.numel()))[:count]

@@ -15,7 +15,7 @@ from spinfer.bench.kernel_masks import prune_
 from spinfer.format import encode
 from spinfer.kernels import backend_of, pack
 from spinfer.kernels.cuda.compile import compile_source, cubin
-from spinfer.kernels.cuda.dense import decode_row_blocks
+from spinfer.kernels.cuda.dense import RowDecoder
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass
 from spinfer.kernels.cuda.runtime import device_traits
@@ -86,12 +86,12 @@ def repacking(m: int, k: int) -> dict[str, float]:
     weight = pack(storage)
     backend, grid = backend_of(weight.layout), ChunkGrid.of(m, k)
     out = torch.empty_like(dense)
-    chunks, offsets = weight.parts[:2]
+    decode, (chunks, offsets) = RowDecoder(grid, 0, grid.row_blocks, dense.device.index), weight.parts[:2]
     ms = {
         "encode": _median_ms(lambda: encode(dense)),
         "pack": _median_ms(lambda: backend.pack(storage)),
         "unpack": _median_ms(lambda: backend.unpack(weight)),
-        "decode": _median_ms(lambda: decode_row_blocks(chunks, offsets, grid, 0, grid.row_blocks, out)),
+        "decode": _median_ms(lambda: decode(chunks, offsets, out)),
     }
     rates = {f"{name}_gbps": dense.nbytes / took / 1e6 for name, took in ms.items()}
     return {

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.select import Decoded, Staged, choose
+from spinfer.kernels.cuda.select import choose
 from spinfer.kernels.packed import PackedWeight, tokens_and_stride
 
-Pass = Callable[[Tensor, int, int, tuple[Tensor, ...], Tensor | None, Tensor], None]
-"""As `FusedPass.__call__`."""
+if TYPE_CHECKING:
+    from spinfer.kernels.cuda.passes import Run
 
 _VALUE_DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)
@@ -84,17 +84,11 @@ class CudaBackend:
                 return self.linear(x, packed, bias)
         tokens, stride = tokens_and_stride(x)
         parts = packed.parts
-        step, passes = _plan(
+        run = _run(
             packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, _range_count(parts)
         )
         y = x.new_empty((*x.shape[:-1], packed.shape[0]))
-        if len(passes) == 1:
-            passes[0](x, tokens, stride, parts, bias, y)
-            return y
-        x_rows, y_rows = x.reshape(tokens, -1), y.view(tokens, -1)
-        for first, run in zip(range(0, tokens, step), passes, strict=True):
-            part = x_rows[first : first + step]
-            run(part, part.shape[0], stride, parts, bias, y_rows[first : first + step])
+        run(x, tokens, stride, parts, bias, y)
         return y
 
 
@@ -113,57 +107,22 @@ def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, index: 
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _run(
     shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int, ranges: int
-) -> tuple[int, tuple[Pass, ...]]:
-    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros: passes over so many rows each.
+) -> Run:
+    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros.
 
     Making one takes several launches' time, and a server's prompts have ever other numbers of tokens: so the layers of
     a model that are alike share one, and 8 numbers of tokens do, between which the selection makes no difference.
     """
-    from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
+    from spinfer.kernels.cuda.passes import run_of
     from spinfer.kernels.cuda.runtime import device_traits
 
+    if x_dtype != dtype:
+        _warn_once(
+            f"x is {x_dtype} but the sparse weight {dtype}: the fused kernels need one dtype, so the "
+            "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
+        )
     grid = ChunkGrid.of(*shape)
-    choice = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges)
-    if isinstance(choice, Decoded):
-        if x_dtype != dtype:
-            _warn_once(
-                f"x is {x_dtype} but the sparse weight {dtype}: the fused kernels need one dtype, so the "
-                "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
-            )
-        return tokens, (functools.partial(_decoded, grid, choice.row_blocks, dtype),)
-    device = torch.device("cuda", index)
-    if isinstance(choice, Staged):
-        return tokens, (StagedMatmul(grid, choice.launches, dtype, device),)
-    return choice.step, tuple(FusedPass(grid, config, dtype, device) for config in choice.passes)
-
-
-def _decoded(
-    grid: ChunkGrid,
-    row_blocks: int,
-    dtype: torch.dtype,
-    x: Tensor,
-    tokens: int,
-    stride: int,
-    parts: tuple[Tensor, ...],
-    bias: Tensor | None,
-    y: Tensor,
-) -> None:
-    """Decode some row blocks into a workspace, multiply with cuBLAS, go on to the next."""
-    from spinfer.kernels.cuda.dense import decode_row_blocks
-
-    chunks, offsets = parts[:2]
-    x, y = x.reshape(tokens, -1), y.view(tokens, -1)
-    rows = min(row_blocks * grid.chunk_rows, grid.out_features)
-    workspace = torch.empty(rows, grid.in_features, dtype=dtype, device=x.device)
-    for first in range(0, grid.row_blocks, row_blocks):
-        start = first * grid.chunk_rows
-        part = workspace[: min(rows, grid.out_features - start)]
-        decode_row_blocks(chunks, offsets, grid, first, min(row_blocks, grid.row_blocks - first), part)
-        dense = part.to(x.dtype).t()
-        out = y[:, start : start + part.shape[0]]
-        if bias is None:
-            torch.mm(x, dense, out=out)
-        else:
-            torch.addmm(bias[start : start + part.shape[0]], x, dense, out=out)
+    plan = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges)
+    return run_of(plan, grid, dtype, torch.device("cuda", index))

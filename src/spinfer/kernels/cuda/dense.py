@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, BLOCKS, ChunkGrid
-from spinfer.kernels.cuda.runtime import LaunchShape, device_traits, load
+from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, device_traits, load
 from spinfer.kernels.cuda.select import code_arch
 
 _ARGS = struct.Struct("3Qq6i")
@@ -20,42 +20,91 @@ _BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
 _SHARED_NBYTES = _WARPS * (2 * _BLOCK_BUFFER_NBYTES + BLOCK_ROWS * (BLOCK_COLS * 2 + 16))
 _CTAS_A_SM = 4
 
+_HOPPER_ARGS = struct.Struct("8Q14i")
+"""MatmulArgs of csrc/matmul.cuh, of which csrc/to_dense_sm90.cu reads the weight and how it is dealt out."""
+
+_HOPPER_THREADS = (BLOCKS + 1) * 32
+_HOPPER_RING_AT = 1024 + BLOCKS * 2 * BLOCK_ROWS * BLOCK_COLS * 2
+_HOPPER_IN_FLIGHT = 2
+
+_tensor_maps = TensorMaps()
+
 
 def dense_source(grid: ChunkGrid, capability: tuple[int, int]) -> KernelSource:
     """What to compile for a matrix and a device."""
-    return KernelSource("to_dense.cu", code_arch(capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
+    file = "to_dense_sm90.cu" if capability == (9, 0) else "to_dense.cu"
+    return KernelSource(file, code_arch(capability), (("SPINFER_BLOCKS_M", grid.blocks_m),))
 
 
-def decode_row_blocks(chunks: Tensor, offsets: Tensor, grid: ChunkGrid, first: int, count: int, out: Tensor) -> None:
-    """Write the dense rows of row blocks `first` to `first + count - 1` into `out`.
+class RowDecoder:
+    """Decodes some row blocks of a weight; what does not change from call to call is worked out once.
 
     Args:
-        chunks: the weight.
-        offsets: of its chunks.
-        grid: how it is cut.
+        grid: how the weight is cut.
         first: row block.
         count: of row blocks.
-        out: (rows, K), last stride 1, dtype of the values.
+        index: of the device.
     """
-    index = chunks.device.index
-    traits = device_traits(index)
-    chunk_count = count * grid.chunks_k
-    arguments = _ARGS.pack(
-        chunks.data_ptr(),
-        offsets.data_ptr(),
-        out.data_ptr(),
-        out.stride(0),
-        grid.out_features,
-        grid.in_features,
-        grid.chunks_k,
-        first * grid.chunks_k,
-        chunk_count,
-        first * grid.chunk_rows,
-    )
-    with torch.cuda.device(index):
-        load(dense_source(grid, traits.capability), "spinfer_to_dense").launch(
-            index,
-            LaunchShape(min(chunk_count * BLOCKS // _WARPS, traits.sm_count * _CTAS_A_SM), _WARPS * 32, _SHARED_NBYTES),
-            torch._C._cuda_getCurrentRawStream(index),
-            arguments,
+
+    def __init__(self, grid: ChunkGrid, first: int, count: int, index: int) -> None:
+        traits = device_traits(index)
+        source = dense_source(grid, traits.capability)
+        self._kernel = load(source, "spinfer_to_dense")
+        self._grid, self._first, self._count, self._index = grid, first, count, index
+        self._hopper = source.file == "to_dense_sm90.cu"
+        chunks = count * grid.chunks_k
+        if self._hopper:
+            ctas = min(chunks, traits.sm_count)
+            self._shape = LaunchShape(ctas, _HOPPER_THREADS, traits.shared_nbytes, dependent=True)
+            self._split = divmod(chunks, ctas)
+            self._ring = (traits.shared_nbytes - _HOPPER_RING_AT) // 128 * 128
+        else:
+            ctas = min(chunks * BLOCKS // _WARPS, traits.sm_count * _CTAS_A_SM)
+            self._shape = LaunchShape(ctas, _WARPS * 32, _SHARED_NBYTES)
+
+    def __call__(self, chunks: Tensor, offsets: Tensor, out: Tensor) -> None:
+        """Write them on the current stream; the current device must be the weight's.
+
+        Args:
+            chunks: of the whole weight.
+            offsets: of its chunks.
+            out: (rows, K), dtype of the values, last stride 1; rows start at multiples of 16 bytes.
+        """
+        arguments = (self._hopper_arguments if self._hopper else self._portable_arguments)(chunks, offsets, out)
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        self._kernel.launch(self._index, self._shape, stream, arguments)
+
+    def _hopper_arguments(self, chunks: Tensor, offsets: Tensor, out: Tensor) -> bytes:
+        grid = self._grid
+        rows_map = _tensor_maps.get(out.data_ptr(), out.shape[0], grid.in_features, out.stride(0), BLOCK_ROWS)
+        return rows_map + _HOPPER_ARGS.pack(
+            chunks.data_ptr(),
+            offsets.data_ptr() + self._first * grid.chunks_k * offsets.element_size(),
+            *(0 for _ in range(8)),
+            chunks.numel() * 16 // grid.chunks,
+            out.shape[0],
+            grid.in_features,
+            grid.chunks_k,
+            self._count,
+            self._count,
+            *self._split,
+            _HOPPER_RING_AT,
+            self._ring,
+            _HOPPER_IN_FLIGHT,
+            0,
+        )
+
+    def _portable_arguments(self, chunks: Tensor, offsets: Tensor, out: Tensor) -> bytes:
+        grid = self._grid
+        return _ARGS.pack(
+            chunks.data_ptr(),
+            offsets.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            grid.out_features,
+            grid.in_features,
+            grid.chunks_k,
+            self._first * grid.chunks_k,
+            self._count * grid.chunks_k,
+            self._first * grid.chunk_rows,
         )

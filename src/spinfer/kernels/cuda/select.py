@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 
@@ -45,12 +47,14 @@ _MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
 _SHARED_RESERVED_NBYTES = 1024
 """What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
-_FUSED_HOPPER, MOST_FUSED_TOKENS = 512, 1024
-"""Tokens up to which the fused kernels are the faster ones on Hopper, and up to which they may be (_staging_pays)."""
+_LEAST_STAGED, MOST_FUSED_TOKENS = 513, 1024
+"""Tokens from which staging may be faster than the fused kernels on Hopper, and up to which these may be."""
 
-_STAGED_US, _STAGED_US_A_TOKEN, _STAGING_US, _MORE_PASSES = 1.35e-6, 0.0016e-6, 6.0, 1.08
-"""Of an H200, 512 to 1,024 tokens at 60 %: what staging takes for each weight where all multiprocessors have as much to
-do, and besides; and how much longer several passes of the fused kernel take than _WIDE_US says, which is of one."""
+_MORE_PASSES, _FUSED_MORE_US = 1.06, 11.0
+_STAGED_US_A_COLUMN, _STAGED_US, _STAGED_MORE_US, _SHARING_US, _STAGING_US = 0.01256, 0.266e-6, 9.0, 11.3, 2.4e-6
+_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.82e-6, 2.63e-9, 6.4, 32_000_000
+_LEAST_ROWS_DECODED = 1024
+"""Of an H200 at 60 %, behind a kernel of 3 us; see _many_tokens."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -428,20 +432,51 @@ def staged_config(
     )
 
 
-def _staging_pays(grid: ChunkGrid, fused: WideConfig, tokens: int, traits: DeviceTraits) -> bool:
-    """Whether the kernel that stages the weight is faster than the passes of the fused one.
-
-    Its tiles go round unevenly. At 768 tokens 4096 x 14336 has 96 of them for 132 multiprocessors, and takes 199 us
-    on an H200 instead of 174; 8192 x 8192 takes 199 instead of 183, 28672 x 8192 605 instead of 639.
-    """
-    staged = staged_config(grid, 0, grid.row_blocks, tokens, traits)
-    tiles = staged.panels * staged.token_tiles
-    rounds = -(-staged.whole // traits.sm_count) + (1 / staged.shares if staged.whole < tiles else 0)
+def _fused_us(grid: ChunkGrid, config: WideConfig) -> float:
     weights = grid.out_features * grid.in_features
-    idle = rounds * traits.sm_count / tiles
-    each = _STAGED_US + _STAGED_US_A_TOKEN * staged.token_tiles * _TILE_TOKENS
-    fused_us = weights * fused.passes * (_WIDE_US + _WIDE_US_A_TOKEN * fused.tokens) * _MORE_PASSES
-    return weights * each * idle + _STAGING_US < fused_us
+    each = _WIDE_US + _WIDE_US_A_TOKEN * config.tokens
+    return weights * config.passes * each * (_MORE_PASSES if config.passes > 1 else 1) + _FUSED_MORE_US
+
+
+def _staged_us(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> float:
+    config = staged_config(grid, 0, grid.row_blocks, tokens, traits)
+    weights = grid.out_features * grid.in_features
+    rounds: float = -(-config.whole // traits.sm_count)
+    multiplying = _STAGED_US * weights + _STAGED_MORE_US
+    if config.whole < config.panels * config.token_tiles:
+        rounds += 1 / config.shares
+        multiplying += _SHARING_US
+    multiplying += _STAGED_US_A_COLUMN * grid.in_features * rounds
+    return max(multiplying, _STAGING_US * weights + _STAGED_MORE_US)
+
+
+def _decoded_us(grid: ChunkGrid, tokens: int) -> float:
+    weights = grid.out_features * grid.in_features
+    # cuBLAS takes up to 2.7 times as long as the others for 300 x 5000, whose rows of y are not aligned.
+    if weights > _MOST_DECODED or grid.out_features < _LEAST_ROWS_DECODED or grid.out_features % 8:
+        return math.inf
+    counted = -(-tokens // 8) * 8  # eight numbers of tokens are treated alike
+    return weights * (_DECODED_US + _DECODED_US_A_TOKEN * counted) + _DECODED_MORE_US
+
+
+def _many_tokens(
+    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by_cost: bool
+) -> Fused | Staged | Decoded:
+    """The fastest of three ways for more tokens than one pass of csrc/matmul_wide_sm90.cu takes.
+
+    Its passes decode the weight several times, but go round evenly; staging decodes once, for tiles that do not (at 768
+    tokens 4096 x 14336 has 96 of them for 132 multiprocessors); decoding first, for cuBLAS, takes as long as writing
+    the dense weight, which is little of small matrices. Estimates, fitted to 15 shapes of 4 to 235 million weights and
+    256 to 8,192 tokens on an H200: the one that they choose takes 0.3 % more than the best of the three on average, at
+    most 8.5 %. From 33 million weights on decoding first gains nothing, 3 % at most.
+    """
+    staged_us = _staged_us(grid, tokens, traits) if tokens >= _LEAST_STAGED else math.inf
+    decoded_us = _decoded_us(grid, tokens)
+    if tokens <= MOST_FUSED_TOKENS:
+        wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
+        if _fused_us(grid, wide) <= min(staged_us, decoded_us):
+            return Fused(tokens, (wide,))
+    return _staged(grid, tokens, traits) if staged_us <= decoded_us else _decoded(grid)
 
 
 def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> PortableConfig:
@@ -492,7 +527,77 @@ class Decoded:
 Plan = Fused | Staged | Decoded
 
 
-def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: DeviceTraits, ranges: int = 0) -> Plan:
+def alternatives(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, ranges: int = 0) -> dict[str, Plan]:
+    """All that can compute x W^T for x of the values' dtype, by name; `choose` takes one of these.
+
+    Args:
+        grid: how the weight is cut.
+        nnz: its nonzeros.
+        tokens: rows of x.
+        traits: of the device.
+        ranges: as of `choose`.
+    """
+    found: dict[str, Plan] = {}
+    if traits.hopper:
+        by_cost = ranges == range_count(grid, traits)
+        can_split = grid.chunks_k >= 2 and traits.sm_count >= 2
+        if tokens <= _MAX_NARROW:
+            config = hopper_config(grid, nnz, tokens, traits, split=1, by_cost=by_cost)
+            found["ranges"] = Fused(tokens, (config,))
+        if can_split and tokens <= (_NARROW_TILES[-1] if grid.blocks_m == 2 else _MAX_NARROW):
+            found["pairs"] = Fused(tokens, (hopper_config(grid, nnz, tokens, traits, split=2),))
+        if _MAX_NARROW < tokens <= MOST_FUSED_TOKENS:
+            wide = wide_config(grid, nnz, tokens, traits, split=1, twins=1, by_cost=by_cost)
+            found["wide ranges"] = Fused(tokens, (wide,))
+            if can_split and wide.passes == 1:
+                config_of_pairs = wide_config(grid, nnz, tokens, traits, split=2, twins=1)
+                found["wide pairs"] = Fused(tokens, (config_of_pairs,))
+            if grid.blocks_m == 2 and tokens > _MANY:
+                found["twins"] = Fused(tokens, (wide_config(grid, nnz, tokens, traits, split=1, twins=2),))
+        if tokens > _MAX_NARROW:
+            found["staged"] = _staged(grid, tokens, traits)
+    elif tokens <= MOST_FUSED_TOKENS:
+        found["portable"] = _portable(grid, tokens, traits)
+    found["decoded"] = _decoded(grid)
+    return found
+
+
+def _portable(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Fused:
+    step = _PORTABLE_TILES[-1]
+    return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))
+
+
+def _staged(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Staged:
+    row_nbytes, blocks_a_panel = grid.chunk_rows * grid.in_features * 2, PANEL_ROWS // grid.chunk_rows
+    step = max(1, _WORKSPACE_NBYTES // (row_nbytes * blocks_a_panel)) * blocks_a_panel
+    return Staged(
+        tuple(
+            staged_config(grid, first, min(step, grid.row_blocks - first), tokens, traits)
+            for first in range(0, grid.row_blocks, step)
+        )
+    )
+
+
+def _decoded(grid: ChunkGrid) -> Decoded:
+    row_nbytes = grid.chunk_rows * grid.in_features * 2
+    return Decoded(row_blocks=max(1, min(grid.row_blocks, _WORKSPACE_NBYTES // row_nbytes)))
+
+
+TUNED_TOKENS = (*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, MOST_FUSED_TOKENS + 1, 64))
+"""Numbers of tokens that are measured where choices are (tune.py); each stands for those below it."""
+
+NOT_TUNED: Mapping[int, str] = MappingProxyType({})
+
+
+def choose(
+    grid: ChunkGrid,
+    nnz: int,
+    tokens: int,
+    same_dtype: bool,
+    traits: DeviceTraits,
+    ranges: int = 0,
+    tuned: Mapping[int, str] = NOT_TUNED,
+) -> Plan:
     """How to compute x W^T for a weight on a GPU.
 
     Args:
@@ -502,29 +607,23 @@ def choose(grid: ChunkGrid, nnz: int, tokens: int, same_dtype: bool, traits: Dev
         same_dtype: whether x has the dtype of the values.
         traits: of the device.
         ranges: by cost that the weight has, made for the GPU on which it was packed; 0 if none.
+        tuned: what was measured to be faster than the choice made here: names of `alternatives`, by `TUNED_TOKENS`.
     """
-    hopper = traits.hopper
-    if same_dtype and hopper and tokens <= MOST_FUSED_TOKENS:
-        by_cost = ranges == range_count(grid, traits)
-        if _narrow_pays(grid, nnz, tokens, traits, by_cost):
-            return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))
-        wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
-        if tokens <= _FUSED_HOPPER or not _staging_pays(grid, wide, tokens, traits):
-            return Fused(tokens, (wide,))
-    if same_dtype and not hopper and tokens <= _MOST_PORTABLE:
-        step = _PORTABLE_TILES[-1]
-        return Fused(step, tuple(portable_config(grid, min(step, tokens - i), traits) for i in range(0, tokens, step)))
-    row_nbytes = grid.chunk_rows * grid.in_features * 2
-    if same_dtype and hopper:
-        blocks_a_panel = PANEL_ROWS // grid.chunk_rows
-        step = max(1, _WORKSPACE_NBYTES // (row_nbytes * blocks_a_panel)) * blocks_a_panel
-        return Staged(
-            tuple(
-                staged_config(grid, first, min(step, grid.row_blocks - first), tokens, traits)
-                for first in range(0, grid.row_blocks, step)
-            )
-        )
-    return Decoded(row_blocks=max(1, min(grid.row_blocks, _WORKSPACE_NBYTES // row_nbytes)))
+    if not same_dtype:
+        return _decoded(grid)
+    name = tuned.get(next((each for each in TUNED_TOKENS if each >= tokens), 0)) if tuned else None
+    if name is not None:
+        plan = alternatives(grid, nnz, tokens, traits, ranges).get(name)
+        if plan is not None:
+            return plan
+    if not traits.hopper:
+        return _portable(grid, tokens, traits) if tokens <= _MOST_PORTABLE else _decoded(grid)
+    by_cost = ranges == range_count(grid, traits)
+    if tokens > _WIDE_TILES[-1]:
+        return _many_tokens(grid, nnz, tokens, traits, by_cost)
+    if _narrow_pays(grid, nnz, tokens, traits, by_cost):
+        return Fused(tokens, (hopper_config(grid, nnz, tokens, traits, by_cost=by_cost),))
+    return Fused(tokens, (wide_config(grid, nnz, tokens, traits, by_cost=by_cost),))
 
 
 def code_arch(capability: tuple[int, int]) -> str:

@@ -32,7 +32,10 @@ def all_sources(
     """
     grid = ChunkGrid.of(*shape)
     found: dict[KernelSource, None] = {}
-    for tokens in range(8, MOST_FUSED_TOKENS + 9, 8):  # eight at a time are treated alike, and all beyond these
+    counts = [*range(8, MOST_FUSED_TOKENS + 1, 8)]  # eight numbers of tokens are treated alike
+    for tile_end in range(MOST_FUSED_TOKENS + 128, 8 * MOST_FUSED_TOKENS + 1, 128):  # two kernels are left
+        counts += [tile_end - 120, tile_end]
+    for tokens in counts:
         plan = choose(grid, nnz, tokens, True, traits, ranges)
         found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
     return list(found)

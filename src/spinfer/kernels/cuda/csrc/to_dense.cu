@@ -1,4 +1,4 @@
-// Chunks to dense rows, at the speed of memory: for batches so large that cuBLAS on decoded rows is the faster way.
+// Chunks to dense rows, for batches so large that cuBLAS on decoded rows is the faster way. On Hopper: to_dense_sm90.cu.
 //
 // Four warps a CTA. Each takes blocks in a stride, copies the next one while it decodes this one into Tensor Core fragments,
 // lays those out as rows in shared memory and writes rows of 128 bytes.
@@ -10,7 +10,7 @@
 struct DenseArgs {
   const u8* weight;    // chunks
   const i32* offsets;  // [T + 1], in kOffsetUnit
-  u16* dense;          // (rows of the row blocks asked for, columns)
+  u16* dense;          // (rows of the row blocks asked for, columns), rows at multiples of 16 bytes
   i64 dense_stride;
   i32 rows, columns;   // M, K
   i32 chunks_k;
@@ -57,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(co
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const u32 buffers = smem_address(memory) + warp * kWarpBytes, tile = buffers + 2 * kBlockBuffer;
   const BlockDecoder<false> decoder(lane);
-  const bool wide = (p.dense_stride & 7) == 0 && (reinterpret_cast<u64>(p.dense) & 15) == 0;
   const i64 blocks = static_cast<i64>(p.chunk_count) * kBlocks, step = static_cast<i64>(gridDim.x) * kWarps;
   const i64 begin = static_cast<i64>(blockIdx.x) * kWarps + warp;
   auto chunk_of = [&](i64 i) { return p.first_chunk + static_cast<i32>(i / kBlocks); };
@@ -97,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 4) spinfer_to_dense(co
     const i32 column = (chunk % p.chunks_k * kBlocksK + block / kBlocksM) * kBlockCols;
     u16* out = p.dense + static_cast<i64>(row - p.first_row) * p.dense_stride + column;
     const int rows = min(kBlockRows, p.rows - row), columns = min(kBlockCols, p.columns - column);
-    if (wide && columns == kBlockCols) {
+    if (columns == kBlockCols) {
 #pragma unroll
       for (int k = 0; k < kBlockRows / 4; k++) {
         const int m = k * 4 + (lane >> 3);
