@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spinfer.bench import kernel_sweep, kernel_timing
+from spinfer.bench import kernel_sweep
 from spinfer.bench.kernel import ShapeBench
 from spinfer.bench.kernel_masks import MASKS, RealMask, prune_
 from spinfer.bench.kernel_sweep import MODELS, SHAPES, TOKENS, Group, Results, plan, run_group
-from spinfer.bench.kernel_timing import Call, GraphTimer, Timing, cold_copies, launches_of, timing_of
 from spinfer.errors import SpinferError
+from spinfer.kernels.cuda import timing as kernel_timing
 from spinfer.kernels.cuda.select import DeviceTraits
+from spinfer.kernels.cuda.timing import Call, GraphTimer, Timing, cold_copies, launches_of, timing_of
 
 
 class CountingTimer:

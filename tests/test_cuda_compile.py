@@ -24,9 +24,9 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 
 def _sources(capability: tuple[int, int], tokens: range) -> list[KernelSource]:
-    """All that the selection can ask for on such a device, whatever the matrix."""
+    """All that can be asked for on such a device, whatever the matrix."""
     traits = DeviceTraits(capability, 100, 232448 if capability in ((9, 0), (10, 0)) else 101376)
-    return kernel_sources([*SHAPES, (300, 500)], [0.05, 0.4, 0.7, 1.0], tokens, DTYPES, traits, uneven=True)
+    return kernel_sources([*SHAPES, (300, 500)], [0.05, 0.4, 0.7, 1.0], tokens, DTYPES, traits, uneven=True, every=True)
 
 
 def _nvrtc() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import spinfer
-from spinfer.kernels.cuda import backend, matmul, passes, runtime
+from spinfer.kernels.cuda import backend, matmul, passes, runtime, tune
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import Decoded, DeviceTraits
@@ -84,6 +84,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch, "device", lambda *_: cpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tune, "tuned", lambda kind: {})
     monkeypatch.setattr(matmul, "load", driver.load)
     monkeypatch.setattr(matmul._tensor_maps, "get", MAP.pack)
     monkeypatch.setattr(matmul, "_workspaces", runtime.Workspaces())

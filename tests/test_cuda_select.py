@@ -11,16 +11,20 @@ from hypothesis import strategies as st
 from spinfer.kernels.cuda import dense, matmul, repack
 from spinfer.kernels.cuda.layout import GATHER_NBYTES, MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import (
+    TUNED_TOKENS,
     Decoded,
     DeviceTraits,
     Fused,
     HopperConfig,
+    Plan,
     PortableConfig,
     Staged,
     WideConfig,
+    alternatives,
     choose,
     code_arch,
     hopper_config,
+    range_count,
     staged_config,
     wide_config,
 )
@@ -45,10 +49,33 @@ def test_chunks_cover_the_matrix_once(m: int, k: int) -> None:
     assert (grid.chunks_k - 1) * grid.chunk_cols < k <= grid.chunks_k * grid.chunk_cols
 
 
-@given(sides, sides, st.floats(0, 1), st.integers(1, 4096), st.sampled_from(DEVICES))
-def test_every_choice_fits_the_device(m: int, k: int, density: float, tokens: int, device: DeviceTraits) -> None:
-    grid = ChunkGrid.of(m, k)
-    plan = choose(grid, int(density * m * k), tokens, True, device)
+@given(sides, sides, st.floats(0, 1), st.integers(1, 4096), st.sampled_from(DEVICES), st.booleans())
+def test_everything_fits_the_device(
+    m: int, k: int, density: float, tokens: int, device: DeviceTraits, uneven: bool
+) -> None:
+    grid, nnz = ChunkGrid.of(m, k), int(density * m * k)
+    ranges = range_count(grid, device) if uneven else 0
+    every = alternatives(grid, nnz, tokens, device, ranges)
+    assert choose(grid, nnz, tokens, True, device, ranges) in every.values()
+    for plan in every.values():
+        assert_fits(plan, grid, tokens, device)
+
+
+@given(sides, sides, st.integers(1, 4096), st.sampled_from(DEVICES))
+def test_what_was_measured_to_be_faster_is_chosen(m: int, k: int, tokens: int, device: DeviceTraits) -> None:
+    grid, nnz = ChunkGrid.of(m, k), int(0.4 * m * k)
+    chosen = choose(grid, nnz, tokens, True, device)
+    stands_for = next((count for count in TUNED_TOKENS if count >= tokens), None)
+    others = {count: "twins" for count in TUNED_TOKENS if count != stands_for}
+    for name, plan in alternatives(grid, nnz, tokens, device).items():
+        tuned = others if stands_for is None else others | {stands_for: name}
+        assert choose(grid, nnz, tokens, True, device, 0, tuned) == (chosen if stands_for is None else plan)
+        assert isinstance(choose(grid, nnz, tokens, False, device, 0, tuned), Decoded)
+    for unknown in ({}, others, dict.fromkeys(TUNED_TOKENS, "another version's")):
+        assert choose(grid, nnz, tokens, True, device, 0, unknown) == chosen
+
+
+def assert_fits(plan: Plan, grid: ChunkGrid, tokens: int, device: DeviceTraits) -> None:
     if isinstance(plan, Decoded):
         assert 1 <= plan.row_blocks <= grid.row_blocks
         return

@@ -11,8 +11,16 @@ def cpu_tier() -> str | None:
     return os.environ.get("SPINFER_CPU_TIER") or None
 
 
+def autotune() -> bool:
+    """`SPINFER_AUTOTUNE`: "1" to measure which CUDA kernel is the fastest for each kind of weight when it is loaded."""
+    return os.environ.get("SPINFER_AUTOTUNE", "") not in ("", "0")
+
+
 def cache_directory() -> Path:
-    """`SPINFER_CACHE_DIR`: where compiled CUDA kernels are kept; by default `spinfer` in the user's cache directory."""
+    """`SPINFER_CACHE_DIR`: where compiled CUDA kernels, and what was measured of them, are kept.
+
+    By default `spinfer` in the user's cache directory.
+    """
     chosen = os.environ.get("SPINFER_CACHE_DIR")
     if chosen:
         return Path(chosen)

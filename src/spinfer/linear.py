@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spinfer.errors import SpinferError
 from spinfer.format import Geometry, TcaBmeTensor, encode
-from spinfer.kernels import PackedWeight, compile_ahead, pack, unpack
+from spinfer.kernels import PackedWeight, pack, prepare, unpack
 from spinfer.ops import linear
 
 STORAGE_NAMES = ("weight", "weight_bitmap", "weight_offsets")
@@ -109,7 +109,7 @@ class SparseLinear(nn.Module):
             for index, part in enumerate(packed.parts):  # so that memory footprints count them
                 self.register_buffer(f"packed_{index}", part, persistent=False)
             self._packed = packed
-            compile_ahead(packed)
+            prepare(packed)
         return self
 
     def unpack_(self) -> SparseLinear:

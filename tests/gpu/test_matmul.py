@@ -17,8 +17,16 @@ from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.dense import RowDecoder
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
+from spinfer.kernels.cuda.passes import run_of
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
+from spinfer.kernels.cuda.select import (
+    DeviceTraits,
+    alternatives,
+    hopper_config,
+    portable_config,
+    staged_config,
+    wide_config,
+)
 from spinfer.kernels.packed import tokens_and_stride
 
 pytestmark = [
@@ -395,6 +403,32 @@ def test_ranges_of_one_chunk(tokens: int) -> None:
     first = fused(x, uneven, config)
     check(first, x, w)
     assert all(torch.equal(fused(x, uneven, config), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700)])
+@pytest.mark.parametrize("tokens", [1, 24, 40, 64, 200, 256, 600, 1024, 1500])
+def test_every_alternative(shape: tuple[int, int], tokens: int) -> None:
+    """What may be chosen after measuring, `choose` or not."""
+    grid, traits, device = ChunkGrid.of(*shape), device_traits(0), torch.device("cuda", 0)
+    for w in (random_weight(*shape, 0.4), uneven_weight(*shape, torch.float16)):
+        weight = packed(w)
+        ranges = weight.parts[2].numel() - 1 if len(weight.parts) > 2 else 0
+        x, bias = (torch.randn(n, device="cuda", dtype=torch.float16) for n in ((tokens, shape[1]), shape[0]))
+        for plan in alternatives(grid, weight.nnz, tokens, traits, ranges).values():
+            y = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.float16)
+            run_of(plan, grid, torch.float16, device)(x, *tokens_and_stride(x), weight.parts, bias, y)
+            check(y, x, w, bias)
+
+
+@pytest.mark.parametrize("shape", [(1000, 1024), (9000, 520)])
+def test_some_row_blocks_are_decoded(shape: tuple[int, int]) -> None:
+    w = random_weight(*shape, 0.4)
+    weight, grid = packed(w), ChunkGrid.of(*shape)
+    for first, count in ((0, 1), (1, 2), (grid.row_blocks - 3, 3)):
+        rows = w[first * grid.chunk_rows : (first + count) * grid.chunk_rows]
+        out = torch.full_like(rows, torch.nan)
+        RowDecoder(grid, first, count, 0)(*weight.parts[:2], out)
+        assert torch.equal(out, rows)
 
 
 @hopper

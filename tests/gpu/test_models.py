@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import spinfer
 from conftest import pruned_model
-from spinfer.kernels.cuda import ahead, backend, runtime
+from spinfer.kernels.cuda import ahead, backend, runtime, tune
 from spinfer.kernels.cuda import compile as kernel_compile
 
 pytestmark = pytest.mark.gpu
@@ -91,6 +91,30 @@ def test_peak_memory_of_loading_is_that_of_the_compressed_model(tmp_path: Path) 
     largest_layer = 200 * 128 * 2
     # Allocations are rounded to 512 bytes; a layer being repacked exists twice.
     assert torch.cuda.max_memory_allocated() - before < 1.5 * footprint + 4 * largest_layer
+
+
+def test_measured_kernels_give_the_same(
+    compressed: Path,
+    tokens: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ids = tokens.cuda().flatten().repeat(-(-700 // tokens.numel()))[None, :700]
+    expected = AutoModelForCausalLM.from_pretrained(compressed, dtype="auto", device_map="cuda")(ids).logits
+    monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPINFER_AUTOTUNE", "1")
+    monkeypatch.setattr(tune, "TUNED_TOKENS", (8, 64, 704))
+    monkeypatch.setattr(tune, "_BETTER", 2.0)  # so that whatever is fastest is another one
+    monkeypatch.setattr(tune, "_known", {})
+    monkeypatch.setattr(tune, "_tried", set())
+    backend._run.cache_clear()
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype="auto", device_map="cuda")
+    kinds = len(list((tmp_path / "cache").glob("tuned-*.json")))
+    assert capsys.readouterr().err.count("3 numbers of tokens") == kinds >= 3
+    assert all(set(known) == {8, 64, 704} for known in tune._known.values())
+    assert logits_error(model(ids).logits, expected) < 5e-3
+    backend._run.cache_clear()
 
 
 def test_no_call_waits_for_a_compiler(

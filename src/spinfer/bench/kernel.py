@@ -19,7 +19,6 @@ from torch import Tensor
 
 import spinfer
 from spinfer.bench.kernel_masks import RealMask, prune_
-from spinfer.bench.kernel_timing import Call, GraphTimer, Timer, cold_copies
 from spinfer.errors import SpinferError
 from spinfer.format import encode
 from spinfer.kernels import PackedWeight, pack
@@ -27,6 +26,7 @@ from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import portable_config
+from spinfer.kernels.cuda.timing import Call, GraphTimer, Timer, cold_copies
 from spinfer.kernels.packed import tokens_and_stride
 from spinfer.ops import linear
 

@@ -12,7 +12,7 @@ from spinfer.kernels.cuda.compile import KernelSource, cubin
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.repack import repack_source
-from spinfer.kernels.cuda.select import DeviceTraits, Plan, choose, range_count
+from spinfer.kernels.cuda.select import DeviceTraits, Plan, alternatives, choose, range_count
 from spinfer.kernels.cuda.sources import sources_of
 
 
@@ -31,6 +31,7 @@ def kernel_sources(
     traits: DeviceTraits,
     *,
     uneven: bool = False,
+    every: bool = False,
 ) -> list[KernelSource]:
     """Everything that these problems compile on a device, repacking included, each once.
 
@@ -41,6 +42,7 @@ def kernel_sources(
         dtypes: of both.
         traits: of the device.
         uneven: whether there are weights with ranges by cost too.
+        every: whether to compile what the selection does not choose too, for measuring it.
     """
     shapes, densities, tokens = list(shapes), list(densities), list(tokens)
     found: dict[KernelSource, None] = {}
@@ -50,8 +52,11 @@ def kernel_sources(
         found[dense_source(grid, traits.capability)] = None
         for density in densities:
             for n, by_cost in itertools.product(tokens, (False, True) if uneven else (False,)):
-                plan = plan_of(m, k, density, n, traits, uneven=by_cost)
-                for dtype in dtypes:
+                plans = [plan_of(m, k, density, n, traits, uneven=by_cost)]
+                if every:
+                    ranges = range_count(grid, traits) if by_cost else 0
+                    plans += alternatives(grid, round(density * m * k), n, traits, ranges).values()
+                for plan, dtype in itertools.product(plans, dtypes):
                     found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
     return list(found)
 

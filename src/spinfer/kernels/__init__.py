@@ -49,13 +49,14 @@ def unpack(packed: PackedWeight) -> TcaBmeTensor:
     return backend_of(packed.layout).unpack(packed)
 
 
-def compile_ahead(packed: PackedWeight) -> None:
-    """Begin to compile, in the background, what calls with this weight may need; returns at once.
+def prepare(packed: PackedWeight) -> None:
+    """Begin to compile, in the background, what calls with this weight may need, and return.
 
     For models that are going to run: on a GPU each kind of kernel is compiled once a machine, and its first call waits.
+    With `SPINFER_AUTOTUNE=1` first measures which kernels are the fastest for this kind of weight, once a machine.
     """
     if packed.layout == CUDA.layout:
-        CUDA.compile_ahead(packed)
+        CUDA.prepare(packed)
 
 
 __all__ = [
@@ -66,7 +67,7 @@ __all__ = [
     "Backend",
     "PackedWeight",
     "backend_of",
-    "compile_ahead",
     "pack",
+    "prepare",
     "unpack",
 ]

@@ -18,7 +18,7 @@ from spinfer.format import TcaBmeTensor, encode
 from spinfer.format.cut import can_join_rows, cut_columns, cut_rows, join_rows
 from spinfer.integrations.vllm.agree import agree
 from spinfer.integrations.vllm.shares import Shard, Share, fused, shares
-from spinfer.kernels import PackedWeight, compile_ahead, pack
+from spinfer.kernels import PackedWeight, pack, prepare
 from spinfer.linear import STORAGE_NAMES
 
 
@@ -99,7 +99,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
             self._weights = [pack(weight, validated=True) for weight in self._joined()]
             self._pieces.clear()
             for weight in self._weights:
-                compile_ahead(weight)
+                prepare(weight)
 
     def _cut(self, shard: Shard, parts: dict[str, Tensor], device: torch.device) -> None:
         """Check a matrix as the checkpoint has it, and keep the rank's shares of it."""

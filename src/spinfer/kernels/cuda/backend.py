@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spinfer import env
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import choose
@@ -62,9 +63,14 @@ class CudaBackend:
 
         return PackedWeight(LAYOUT, pack_chunks(weight), weight.shape, weight.nnz, weight.dtype)
 
-    def compile_ahead(self, packed: PackedWeight) -> None:
-        """See `spinfer.kernels.compile_ahead`."""
-        _compile_ahead(packed.shape, packed.rounded_nnz, packed.dtype, packed.device.index, _range_count(packed.parts))
+    def prepare(self, packed: PackedWeight) -> None:
+        """See `spinfer.kernels.prepare`."""
+        from spinfer.kernels.cuda.tune import Kind, tune
+
+        key = (packed.shape, packed.rounded_nnz, packed.dtype, _range_count(packed.parts), packed.device.index)
+        if env.autotune() and tune(Kind.of(*key), packed.parts):
+            _run.cache_clear()
+        _compile_ahead(*key)
 
     def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
         """The inverse of `pack`, bit-exact."""
@@ -98,12 +104,14 @@ def _range_count(parts: tuple[Tensor, ...]) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, index: int, ranges: int) -> None:
+def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, ranges: int, index: int) -> None:
     from spinfer.kernels.cuda.ahead import COMPILER
     from spinfer.kernels.cuda.runtime import device_traits
     from spinfer.kernels.cuda.sources import all_sources
+    from spinfer.kernels.cuda.tune import Kind, tuned
 
-    COMPILER.submit(all_sources(shape, nnz, dtype, device_traits(index), ranges))
+    known = tuned(Kind.of(shape, nnz, dtype, ranges, index))
+    COMPILER.submit(all_sources(shape, nnz, dtype, device_traits(index), ranges, known))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -117,6 +125,7 @@ def _run(
     """
     from spinfer.kernels.cuda.passes import run_of
     from spinfer.kernels.cuda.runtime import device_traits
+    from spinfer.kernels.cuda.tune import Kind, tuned
 
     if x_dtype != dtype:
         _warn_once(
@@ -124,5 +133,6 @@ def _run(
             "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
         )
     grid = ChunkGrid.of(*shape)
-    plan = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges)
+    known = tuned(Kind.of(shape, nnz, dtype, ranges, index))
+    plan = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges, known)
     return run_of(plan, grid, dtype, torch.device("cuda", index))

@@ -48,7 +48,8 @@ class KernelSource:
 
 
 @functools.cache
-def _source_digest() -> bytes:
+def source_digest() -> bytes:
+    """Of all kernels."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -69,7 +70,7 @@ def _compiler_versions() -> str:
 def cache_key(source: KernelSource) -> str:
     """Hex name of the cache entry: every source file, the options, the architecture, the compiler's versions."""
     options = json.dumps([source.file, source.arch, source.defines, _compiler_versions()])
-    return hashlib.sha256(_source_digest() + options.encode()).hexdigest()
+    return hashlib.sha256(source_digest() + options.encode()).hexdigest()
 
 
 _compiling: dict[KernelSource, threading.Lock] = {}
@@ -88,7 +89,7 @@ def cubin(source: KernelSource) -> bytes:
         code = _cached(source)
         if code is None:
             code = compile_source(source)
-            _keep(source, code)
+            write_whole(_path(source), hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -110,13 +111,13 @@ def _cached(source: KernelSource) -> bytes | None:
     return code if hashlib.sha256(code).digest() == entry[:_DIGEST_NBYTES] else None
 
 
-def _keep(source: KernelSource, code: bytes) -> None:
-    path = _path(source)
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file of the cache under another name, then rename it; warns once where that is not possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
-                file.write(hashlib.sha256(code).digest() + code)
+                file.write(data)
                 file.close()
                 Path(file.name).replace(path)
             except OSError:
@@ -129,7 +130,7 @@ def _keep(source: KernelSource, code: bytes) -> None:
 @functools.cache
 def _warn_uncached(reason: str) -> None:
     warnings.warn(
-        f"compiled kernels cannot be kept ({reason}): every process compiles them again. "
+        f"compiled kernels cannot be kept ({reason}): every process compiles, and measures, them again. "
         "Set SPINFER_CACHE_DIR to a writable directory.",
         stacklevel=2,
     )

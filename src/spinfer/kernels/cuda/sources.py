@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import source, staged_source
-from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, DeviceTraits, Fused, Plan, Staged, choose
+from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, NOT_TUNED, DeviceTraits, Fused, Plan, Staged, choose
 
 
 def sources_of(grid: ChunkGrid, plan: Plan, dtype: torch.dtype, capability: tuple[int, int]) -> list[KernelSource]:
@@ -19,7 +21,12 @@ def sources_of(grid: ChunkGrid, plan: Plan, dtype: torch.dtype, capability: tupl
 
 
 def all_sources(
-    shape: tuple[int, int], nnz: int, dtype: torch.dtype, traits: DeviceTraits, ranges: int = 0
+    shape: tuple[int, int],
+    nnz: int,
+    dtype: torch.dtype,
+    traits: DeviceTraits,
+    ranges: int = 0,
+    tuned: Mapping[int, str] = NOT_TUNED,
 ) -> list[KernelSource]:
     """The kernels that a weight may need, those for few tokens first, each once.
 
@@ -29,6 +36,7 @@ def all_sources(
         dtype: of values and x.
         traits: of the device.
         ranges: as of `choose`.
+        tuned: likewise.
     """
     grid = ChunkGrid.of(*shape)
     found: dict[KernelSource, None] = {}
@@ -36,6 +44,6 @@ def all_sources(
     for tile_end in range(MOST_FUSED_TOKENS + 128, 8 * MOST_FUSED_TOKENS + 1, 128):  # two kernels are left
         counts += [tile_end - 120, tile_end]
     for tokens in counts:
-        plan = choose(grid, nnz, tokens, True, traits, ranges)
+        plan = choose(grid, nnz, tokens, True, traits, ranges, tuned)
         found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
     return list(found)

@@ -74,6 +74,11 @@ class CapturedCalls:
     us: float
     calls: tuple[Call, ...]
 
+    @property
+    def trial_us(self) -> float:
+        """About what one call takes."""
+        return self.us / self.launches
+
 
 class GraphTimer:
     """Times CUDA graphs on the current device."""
