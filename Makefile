@@ -64,6 +64,7 @@ bench-cpu: $(VENV)/.installed
 bench-gpu: $(VENV)/.cuda
 	$(PY) -m spinfer.bench.kernel_sweep --out build/bench-gpu/kernel.json
 	$(PY) -m spinfer.bench.kernel_report build/bench-gpu/kernel.json
+	$(PY) -m spinfer.bench.kernel_choices --out build/bench-gpu/choices.json
 
 bench-pruning: $(VENV)/.installed
 	$(PY) benchmarks/pruning.py grid --out build/pruning.json
