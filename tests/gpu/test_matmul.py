@@ -229,10 +229,12 @@ def test_repacking_is_bit_exact(shape: tuple[int, int], dtype: torch.dtype) -> N
         assert torch.equal(back.offsets, storage.offsets)
         assert torch.equal(back.values.view(torch.int16), storage.values.view(torch.int16))
         grid = ChunkGrid.of(*shape)
-        padded = torch.full((shape[0], -(-shape[1] // 8) * 8 + 8), torch.nan, dtype=dtype, device="cuda")
-        RowDecoder(grid, 0, grid.row_blocks, 0)(*weight.parts[:2], padded)
-        assert torch.equal(padded[:, : shape[1]].view(torch.int16), w.view(torch.int16))
-        assert padded[:, shape[1] :].isnan().all()
+        padded = -(-shape[1] // 8) * 8
+        dense = torch.full((shape[0] + 1, padded + 8), torch.nan, dtype=dtype, device="cuda")
+        RowDecoder(grid, 0, grid.row_blocks, 0)(*weight.parts[:2], dense[:-1, : shape[1]])
+        assert torch.equal(dense[:-1, : shape[1]].view(torch.int16), w.view(torch.int16))
+        assert dense[:, padded:].isnan().all()
+        assert dense[-1].isnan().all()
 
 
 @pytest.mark.parametrize("tokens", [4, 700])

@@ -68,7 +68,8 @@ class RowDecoder:
         Args:
             chunks: of the whole weight.
             offsets: of its chunks.
-            out: (rows, K), dtype of the values, last stride 1; rows start at multiples of 16 bytes.
+            out: (rows, K), dtype of the values, last stride 1; rows start at multiples of 16 bytes, and are written up
+                to one.
         """
         arguments = (self._hopper_arguments if self._hopper else self._portable_arguments)(chunks, offsets, out)
         stream = torch._C._cuda_getCurrentRawStream(self._index)

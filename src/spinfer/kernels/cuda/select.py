@@ -50,9 +50,9 @@ _SHARED_RESERVED_NBYTES = 1024
 _LEAST_STAGED, MOST_FUSED_TOKENS = 513, 1024
 """Tokens from which staging may be faster than the fused kernels on Hopper, and up to which these may be."""
 
-_MORE_PASSES, _FUSED_MORE_US = 1.06, 11.0
-_STAGED_US_A_COLUMN, _STAGED_US, _STAGED_MORE_US, _SHARING_US, _STAGING_US = 0.01256, 0.266e-6, 9.0, 11.3, 2.4e-6
-_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.82e-6, 2.63e-9, 6.4, 32_000_000
+_MORE_PASSES, _FUSED_MORE_US = 1.06, 10.0
+_STAGED_US_A_COLUMN, _STAGED_MORE_US, _SHARING_US, _STAGING_US, _TOGETHER = 0.01213, 9.1, 11.2, 2.36e-6, 5
+_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.82e-6, 2.57e-9, 6.4, 32_000_000
 _LEAST_ROWS_DECODED = 1024
 """Of an H200 at 60 %, behind a kernel of 3 us; see _many_tokens."""
 
@@ -75,11 +75,12 @@ _BARRIER_NBYTES = 1024
 _LINES_NBYTES = 4096
 """What a warpgroup of csrc/matmul_wide_sm90.cu writes y by way of: kLinesBytes."""
 
-_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 4.0
+_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 5.6
 """Of an H200; see _wide_split_pays."""
 
-_BYTES_A_US, _WEIGHTS_A_US, _SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 3.0e6, 5.0e6, 2.4, 0.45, 40.0
-"""Of an H100, and for what it decodes of an H200 too; see _split_pays and hopper_config."""
+_BYTES_A_US, _WEIGHTS_A_US, _COPIES_IDLE = 3.0e6, 4.0e6, 0.7
+_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 2.4, 0.45, 100.0
+"""What all CTAs copy and decode; see _split_pays and hopper_config."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def hopper_config(
     if by_cost:
         split = 1
     if split is None:
-        # At 24 and 32 tokens only the kernel without pairs has wgmma, which large matrices gain more from.
+        # At 24 and 32 tokens only the kernel without pairs has wgmma, which the largest matrices gain more from.
         split = 2 if _split_pays(grid, nnz, traits) and (tile <= 16 or _copies_us(grid, nnz) < _LARGE_US) else 1
     x_nbytes = grid.blocks_k * tile * 128
     fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
@@ -290,9 +291,10 @@ def _copies_us(grid: ChunkGrid, nnz: int) -> float:
 def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs that share row blocks are faster than ranges of chunks.
 
-    Measured on an H100: a pair saves 2.4 us of adding up. Where row blocks do not go round evenly, the time of the
-    copies grows with the inverse root of the share of busy CTAs (28.2 us instead of 23.4 with half of them idle), and
-    that of decoding with the inverse itself (28672 x 4096 at 80 %, on an H200: 33 us with pairs, 31 at 60 % without).
+    A pair saves 2.4 us of adding up (H100). Where row blocks do not go round evenly, the time of decoding grows with
+    the inverse of the share of busy CTAs, that of the copies less, with a power of it (28.2 us instead of 23.4 with
+    half of them idle). Fitted to 34 shapes, 50 to 70 % zeros and up to 32 tokens on an H200: what this chooses takes
+    0.2 % more than the faster of the two on average, at most 12 % (3072 x 8192 at 50 % and 32 tokens).
     """
     clusters = traits.sm_count // 2
     if grid.chunks_k < 2 or clusters == 0:
@@ -300,7 +302,7 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     rounds = -(-grid.row_blocks // clusters)
     busy: float = grid.row_blocks / (rounds * clusters)
     copies, decoding = _copies_us(grid, nnz), grid.out_features * grid.in_features / _WEIGHTS_A_US
-    lost = max(copies / math.sqrt(busy), decoding / busy) - max(copies, decoding)
+    lost = max(copies / busy**_COPIES_IDLE, decoding / busy) - max(copies, decoding)
     return busy >= _SPLIT_LEAST_BUSY and lost < _SPLIT_SAVES_US
 
 
@@ -308,8 +310,8 @@ def _wide_split_pays(grid: ChunkGrid, tile: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs, a row block each, are faster than ranges of chunks.
 
     Measured on an H200 at 60 %, where a weight takes _WIDE_US and for each token _WIDE_US_A_TOKEN: 64 row blocks for 66
-    pairs are 1 to 6 % faster from 96 tokens on and 4 to 12 % at 64; 48 and 56 are 0 to 6 % faster at 64 and within 4 %
-    either way beyond, 40 (5120 x 5120) slower at all.
+    pairs are 1 to 6 % faster from 96 tokens on and 4 to 12 % at 64; 56 with 5120 columns 5 to 11 % up to 256, with 7168
+    columns 3 % at 64 and as fast beyond, as are 48; 40 (5120 x 5120) are 7 to 9 % slower from 96 on.
     """
     pairs = traits.sm_count // 2
     if grid.chunks_k < 2 or grid.row_blocks > pairs:
@@ -440,14 +442,15 @@ def _fused_us(grid: ChunkGrid, config: WideConfig) -> float:
 
 def _staged_us(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> float:
     config = staged_config(grid, 0, grid.row_blocks, tokens, traits)
-    weights = grid.out_features * grid.in_features
     rounds: float = -(-config.whole // traits.sm_count)
-    multiplying = _STAGED_US * weights + _STAGED_MORE_US
+    multiplying = _STAGED_MORE_US
     if config.whole < config.panels * config.token_tiles:
         rounds += 1 / config.shares
         multiplying += _SHARING_US
     multiplying += _STAGED_US_A_COLUMN * grid.in_features * rounds
-    return max(multiplying, _STAGING_US * weights + _STAGED_MORE_US)
+    # The longer of the two, or somewhat more where they take about as long.
+    staging: float = _STAGING_US * grid.out_features * grid.in_features
+    return math.pow(multiplying**_TOGETHER + staging**_TOGETHER, 1 / _TOGETHER)
 
 
 def _decoded_us(grid: ChunkGrid, tokens: int) -> float:
@@ -466,9 +469,9 @@ def _many_tokens(
 
     Its passes decode the weight several times, but go round evenly; staging decodes once, for tiles that do not (at 768
     tokens 4096 x 14336 has 96 of them for 132 multiprocessors); decoding first, for cuBLAS, takes as long as writing
-    the dense weight, which is little of small matrices. Estimates, fitted to 15 shapes of 4 to 235 million weights and
-    256 to 8,192 tokens on an H200: the one that they choose takes 0.3 % more than the best of the three on average, at
-    most 8.5 %. From 33 million weights on decoding first gains nothing, 3 % at most.
+    the dense weight, which is little of small matrices. Estimates, fitted to 34 shapes of 4 to 470 million weights, 50
+    to 70 % zeros and 384 to 8,192 tokens on an H200: what they choose takes 0.2 % more than the fastest on average, at
+    most 9 %. From 33 million weights on decoding first gains nothing, 3 % at most.
     """
     staged_us = _staged_us(grid, tokens, traits) if tokens >= _LEAST_STAGED else math.inf
     decoded_us = _decoded_us(grid, tokens)
