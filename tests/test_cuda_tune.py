@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,10 +65,11 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Clock:
     monkeypatch.setenv("SPINFER_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: properties.name)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(tune, "device_traits", lambda index: HOPPER)
     monkeypatch.setattr(tune, "run_of", run_of)
-    monkeypatch.setattr(tune, "GraphTimer", lambda: clock)
+    monkeypatch.setattr(tune, "_timer", lambda index: clock)
     monkeypatch.setattr(tune, "COMPILER", SimpleNamespace(submit=list, wait=lambda: None))
     monkeypatch.setattr(tune, "cold_copies", lambda nbytes: 2)
     another_process(monkeypatch)

@@ -150,7 +150,8 @@ def tune(kind: Kind, parts: tuple[Tensor, ...]) -> bool:
     what = f"{kind.shape[0]} x {kind.shape[1]} at {100 - 100 * kind.density // _STEP} % zeros"
     print(f"spinfer: measuring kernels for {what} ...", file=sys.stderr, flush=True)
     try:
-        us = measure(kind, parts, TUNED_TOKENS, GraphTimer())
+        with torch.cuda.device(kind.index):
+            us = measure(kind, parts, TUNED_TOKENS, _timer(kind.index))
     except (SpinferError, torch.OutOfMemoryError) as error:
         warnings.warn(f"kernels for {what} were not measured ({error}); the built-in choices are used", stacklevel=2)
         return False
@@ -165,6 +166,12 @@ def tune(kind: Kind, parts: tuple[Tensor, ...]) -> bool:
         flush=True,
     )
     return True
+
+
+@functools.cache
+def _timer(index: int) -> GraphTimer:
+    """One a device: cuBLAS keeps 64 MB for each stream that it has run on."""
+    return GraphTimer()
 
 
 def measure(kind: Kind, parts: tuple[Tensor, ...], tokens: Iterable[int], timer: Timer) -> dict[int, dict[str, float]]:
