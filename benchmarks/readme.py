@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 import vllm_report  # noqa: E402
 from table import table  # noqa: E402  (the demo's own)
 
+from spinfer.bench.kernel_choices import in_brief  # noqa: E402
 from spinfer.bench.kernel_report import PLOTS, Sweep, report, speedups_over_tokens, write  # noqa: E402
 
 GPU_RESULTS = [file for name in ("h100", "h200") if (file := RESULTS / name / "kernel.json").exists()]
@@ -40,6 +41,7 @@ VLLM = {
 VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
 VLLM_CPU = [directory / "vllm.json" for directory in reversed(CPUS)]
 VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
+CHOICES = RESULTS / "h200" / "choices.json"
 GENERATE = RESULTS / "h200" / "generate.json"
 TENSOR_PARALLEL = [RESULTS / "h200" / f"tensor_parallel_70b{name}.json" for name in ("", "_2gpus", "_fp16")]
 
@@ -268,6 +270,12 @@ def generate() -> str:
     return linked("\n".join([what, "", *lines]), GENERATE)
 
 
+def choices() -> str:
+    """How good the selection of kernels is."""
+    result = json.loads(CHOICES.read_text())
+    return linked(in_brief(result["results"]), CHOICES)
+
+
 def tensor_parallel() -> str:
     """The same model in transformers."""
     one, two, fp16 = (json.loads(file.read_text()) for file in TENSOR_PARALLEL)
@@ -436,6 +444,7 @@ BLOCKS = {
         "decode": decode,
         "gpu": gpu,
     },
+    "docs/kernel.md": {"choices": choices},
     "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
     "docs/serving.md": {
         "vllm": vllm,
