@@ -14,8 +14,9 @@ from torch import Tensor
 
 import spinfer
 from spinfer.kernels.cuda import backend, matmul, passes, runtime, tune
+from spinfer.kernels.cuda import dense as dense_kernel
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.layout import LAYOUT, MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import Decoded, DeviceTraits
 from spinfer.kernels.packed import PackedWeight
 
@@ -156,6 +157,40 @@ def test_decoded_a_few_row_blocks_at_a_time(
         check(torch.randn(3, 20, K), weight, driver, bias)
         check(torch.randn(60, 2 * K)[:, :K], weight, driver, bias)
     assert driver.launched == []
+
+
+def test_what_decoding_some_row_blocks_gets(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Field by field, as MatmulArgs has them; x, y, bias, partials, arrivals, ranges and boxes are not read."""
+    launches = []
+
+    class Kernel:
+        def launch(self, index: int, shape: runtime.LaunchShape, stream: int, arguments: bytes) -> None:
+            launches.append((shape, MAP.unpack(arguments[: MAP.size]), MATMUL_ARGS.unpack(arguments[MAP.size :])))
+
+    monkeypatch.setattr(dense_kernel, "load", lambda source, name: Kernel())
+    monkeypatch.setattr(dense_kernel, "device_traits", lambda index: HOPPER)
+    monkeypatch.setattr(dense_kernel._tensor_maps, "get", MAP.pack)
+    grid = ChunkGrid.of(9000, 1030)
+    chunks, offsets = (
+        torch.zeros(grid.chunks * 1000, dtype=torch.uint8),
+        torch.zeros(grid.chunks + 1, dtype=torch.int32),
+    )
+    out = torch.zeros(3 * grid.chunk_rows, 1032)[:, :1030]
+    dense_kernel.RowDecoder(grid, 2, 3, 0)(chunks, offsets, out)
+    ((shape, tensor_map, arguments),) = launches
+    assert tensor_map == (out.data_ptr(), len(out), 1030, 1032, 32)
+    weight, first_offset, *unread, _, _, mean_chunk, rows, columns, chunks_k, row_blocks, strips = arguments[:16]
+    each, extra, ring_at, ring, in_flight, _ = arguments[16:]
+    assert (weight, first_offset) == (chunks.data_ptr(), offsets[2 * grid.chunks_k :].data_ptr())
+    assert unread == [0] * 6
+    assert (mean_chunk, rows, columns) == (16 * 1000, 9000, 1030)
+    assert (chunks_k, row_blocks, strips) == (grid.chunks_k, 3, 3)
+    assert each * shape.ctas + extra == 3 * grid.chunks_k
+    assert ring_at == 1024 + 16 * 2 * 4096, "two tiles for each of 16 warps lie before the ring"
+    assert ring_at + ring <= shape.shared == HOPPER.shared_nbytes
+    assert ring >= MAX_CHUNK_NBYTES
+    assert in_flight == 2
+    assert shape.threads == 17 * 32
 
 
 def test_nothing_is_launched_for_nothing(weight: PackedWeight, driver: Driver) -> None:

@@ -20,7 +20,7 @@ _BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
 _SHARED_NBYTES = _WARPS * (2 * _BLOCK_BUFFER_NBYTES + BLOCK_ROWS * (BLOCK_COLS * 2 + 16))
 _CTAS_A_SM = 4
 
-_HOPPER_ARGS = struct.Struct("8Q14i")
+_HOPPER_CALL, _HOPPER_CONSTANTS = struct.Struct("2Q56xi"), struct.Struct("11i")
 """MatmulArgs of csrc/matmul.cuh, of which csrc/to_dense_sm90.cu reads the weight and how it is dealt out."""
 
 _HOPPER_THREADS = (BLOCKS + 1) * 32
@@ -56,8 +56,18 @@ class RowDecoder:
         if self._hopper:
             ctas = min(chunks, traits.sm_count)
             self._shape = LaunchShape(ctas, _HOPPER_THREADS, traits.shared_nbytes, dependent=True)
-            self._split = divmod(chunks, ctas)
-            self._ring = (traits.shared_nbytes - _HOPPER_RING_AT) // 128 * 128
+            self._constants = _HOPPER_CONSTANTS.pack(
+                grid.out_features,
+                grid.in_features,
+                grid.chunks_k,
+                count,
+                count,
+                *divmod(chunks, ctas),
+                _HOPPER_RING_AT,
+                (traits.shared_nbytes - _HOPPER_RING_AT) // 128 * 128,
+                _HOPPER_IN_FLIGHT,
+                0,
+            )
         else:
             ctas = min(chunks * BLOCKS // _WARPS, traits.sm_count * _CTAS_A_SM)
             self._shape = LaunchShape(ctas, _WARPS * 32, _SHARED_NBYTES)
@@ -78,22 +88,9 @@ class RowDecoder:
     def _hopper_arguments(self, chunks: Tensor, offsets: Tensor, out: Tensor) -> bytes:
         grid = self._grid
         rows_map = _tensor_maps.get(out.data_ptr(), out.shape[0], grid.in_features, out.stride(0), BLOCK_ROWS)
-        return rows_map + _HOPPER_ARGS.pack(
-            chunks.data_ptr(),
-            offsets.data_ptr() + self._first * grid.chunks_k * offsets.element_size(),
-            *(0 for _ in range(8)),
-            chunks.numel() * 16 // grid.chunks,
-            out.shape[0],
-            grid.in_features,
-            grid.chunks_k,
-            self._count,
-            self._count,
-            *self._split,
-            _HOPPER_RING_AT,
-            self._ring,
-            _HOPPER_IN_FLIGHT,
-            0,
-        )
+        first_offset = offsets.data_ptr() + self._first * grid.chunks_k * offsets.element_size()
+        call = _HOPPER_CALL.pack(chunks.data_ptr(), first_offset, chunks.numel() * 16 // grid.chunks)
+        return rows_map + call + self._constants
 
     def _portable_arguments(self, chunks: Tensor, offsets: Tensor, out: Tensor) -> bytes:
         grid = self._grid

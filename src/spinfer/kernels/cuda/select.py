@@ -294,7 +294,7 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
     A pair saves 2.4 us of adding up (H100). Where row blocks do not go round evenly, the time of decoding grows with
     the inverse of the share of busy CTAs, that of the copies less, with a power of it (28.2 us instead of 23.4 with
     half of them idle). Fitted to 34 shapes, 50 to 70 % zeros and up to 32 tokens on an H200: what this chooses takes
-    0.2 % more than the faster of the two on average, at most 12 % (3072 x 8192 at 50 % and 32 tokens).
+    0.2 % more than the faster of the two on average, at most 13 % (3072 x 8192 at 50 % and 32 tokens).
     """
     clusters = traits.sm_count // 2
     if grid.chunks_k < 2 or clusters == 0:
