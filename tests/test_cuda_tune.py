@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from spinfer.kernels.cuda import backend, tune
+from spinfer.kernels.cuda import compile as kernel_compile
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import TUNED_TOKENS, DeviceTraits, Fused, alternatives, choose
 from spinfer.kernels.cuda.timing import Timing
@@ -154,7 +155,7 @@ def test_a_gpu_that_is_full_keeps_the_choices(clock: Clock, monkeypatch: pytest.
 
 def test_what_cannot_be_kept_is_used_all_the_same(clock: Clock, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file")
-    tune.write_whole.__globals__["_warn_uncached"].cache_clear()
+    kernel_compile._warn_uncached.cache_clear()
     clock.us = {(8, "ranges"): 9.0}
     with pytest.warns(UserWarning, match="SPINFER_CACHE_DIR"):
         assert tune.tune(KIND, PARTS)

@@ -28,7 +28,7 @@ from spinfer.kernels.cuda.passes import Run, run_of
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.select import TUNED_TOKENS, DeviceTraits, alternatives, choose
 from spinfer.kernels.cuda.sources import sources_of
-from spinfer.kernels.cuda.timing import GraphTimer, Timer, cold_copies
+from spinfer.kernels.cuda.timing import GraphTimer, cold_copies
 
 _BETTER = 0.97
 """What a measurement must take, over the choice's, to be believed: medians of the same call differ by 1 to 2 %."""
@@ -174,7 +174,9 @@ def _timer(index: int) -> GraphTimer:
     return GraphTimer()
 
 
-def measure(kind: Kind, parts: tuple[Tensor, ...], tokens: Iterable[int], timer: Timer) -> dict[int, dict[str, float]]:
+def measure(
+    kind: Kind, parts: tuple[Tensor, ...], tokens: Iterable[int], timer: GraphTimer
+) -> dict[int, dict[str, float]]:
     """Microseconds of the choice and what comes near it, by tokens and name; cold caches, each behind a small kernel.
 
     Args:
