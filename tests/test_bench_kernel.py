@@ -24,7 +24,7 @@ from spinfer.bench.kernel_masks import MASKS, RealMask, prune_
 from spinfer.bench.kernel_sweep import MODELS, SHAPES, TOKENS, Group, Results, plan, run_group
 from spinfer.errors import SpinferError
 from spinfer.kernels.cuda import timing as kernel_timing
-from spinfer.kernels.cuda.select import DeviceTraits
+from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.timing import Call, GraphTimer, Timing, cold_copies, launches_of, timing_of
 from spinfer.kernels.cuda.tune import Kind
 

@@ -13,8 +13,9 @@ import torch
 from conftest import Nvrtc
 from spinfer.kernels.cuda.ahead import BackgroundCompiler
 from spinfer.kernels.cuda.compile import CompileError, KernelSource, cubin, is_cached
+from spinfer.kernels.cuda.configs import DeviceTraits, range_count
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.select import DeviceTraits, choose, range_count
+from spinfer.kernels.cuda.select import choose
 from spinfer.kernels.cuda.sources import all_sources, sources_of
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)

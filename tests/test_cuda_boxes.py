@@ -17,8 +17,9 @@ import random
 
 import pytest
 
+from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.select import DeviceTraits, wide_config
+from spinfer.kernels.cuda.select import wide_choice
 
 FILLS = 96
 H100 = DeviceTraits((9, 0), 132, 232448)
@@ -104,7 +105,7 @@ def outcomes(boxes: int, groups: int) -> list[tuple[int, bool]]:
 @pytest.mark.parametrize("rows", [4096, 8192])
 def test_the_number_chosen_is_safe(rows: int, density: float, tokens: int) -> None:
     grid = ChunkGrid.of(rows, 8192)
-    config = wide_config(grid, int(density * rows * 8192), tokens, H100)
+    config = wide_choice(grid, int(density * rows * 8192), tokens, H100)
     groups = config.warps * config.bands // (2 * grid.blocks_m)
     assert outcomes(config.boxes, groups) == [(0, True)] * 40
 

@@ -16,7 +16,7 @@ from spinfer.bench.kernel_compile import kernel_sources
 from spinfer.bench.kernel_sweep import SHAPES
 from spinfer.kernels.cuda import compile as kernel_compile
 from spinfer.kernels.cuda.compile import CompileError, KernelSource, compile_source, cubin
-from spinfer.kernels.cuda.select import DeviceTraits
+from spinfer.kernels.cuda.configs import DeviceTraits
 
 ELF = b"\x7fELF"
 ARCHS = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]

@@ -16,8 +16,9 @@ import spinfer
 from spinfer.kernels.cuda import backend, matmul, passes, runtime, tune
 from spinfer.kernels.cuda import dense as dense_kernel
 from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.layout import LAYOUT, MAX_CHUNK_NBYTES, ChunkGrid
-from spinfer.kernels.cuda.select import Decoded, DeviceTraits
+from spinfer.kernels.cuda.select import Decoded
 from spinfer.kernels.packed import PackedWeight
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)

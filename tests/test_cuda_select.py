@@ -9,24 +9,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinfer.kernels.cuda import dense, matmul, repack
+from spinfer.kernels.cuda.configs import (
+    DeviceTraits,
+    HopperConfig,
+    PortableConfig,
+    WideConfig,
+    code_arch,
+    range_count,
+    staged_config,
+    wide_config,
+)
 from spinfer.kernels.cuda.layout import GATHER_NBYTES, MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import (
     TUNED_TOKENS,
     Decoded,
-    DeviceTraits,
     Fused,
-    HopperConfig,
     Plan,
-    PortableConfig,
     Staged,
-    WideConfig,
     alternatives,
     choose,
-    code_arch,
-    hopper_config,
-    range_count,
-    staged_config,
-    wide_config,
+    narrow_choice,
+    wide_choice,
 )
 
 H100 = DeviceTraits((9, 0), 132, 232448)
@@ -228,7 +231,7 @@ def test_tiles_of_a_short_last_round_are_shared(shape: tuple[int, int], tokens: 
 def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
     rows: int, tokens: int, tile: int, passes: int, warps: int
 ) -> None:
-    config = wide_config(ChunkGrid.of(rows, 4096), nnz_at_60_percent((rows, 4096)), tokens, H100)
+    config = wide_choice(ChunkGrid.of(rows, 4096), nnz_at_60_percent((rows, 4096)), tokens, H100)
     assert (config.tokens, config.passes, config.warps) == (tile, passes, warps)
 
 
@@ -236,7 +239,7 @@ def test_passes_are_as_few_as_fit_and_no_wider_than_needed(
 @pytest.mark.parametrize("density", [0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
 @pytest.mark.parametrize("rows", [64, 4096, 8192])
 def test_warps_along_k_share_boxes_of_x_evenly(rows: int, density: float, tokens: int) -> None:
-    config = wide_config(ChunkGrid.of(rows, 14336), int(density * rows * 14336), tokens, H100)
+    config = wide_choice(ChunkGrid.of(rows, 14336), int(density * rows * 14336), tokens, H100)
     warps_k = config.warps * config.bands // (2 * ChunkGrid.of(rows, 14336).blocks_m)
     assert config.boxes % warps_k == 0
     assert config.boxes >= 2 * warps_k
@@ -257,7 +260,7 @@ def test_warps_along_k_share_boxes_of_x_evenly(rows: int, density: float, tokens
 )
 def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], split: int) -> None:
     grid = ChunkGrid.of(*shape)
-    assert hopper_config(grid, nnz_at_60_percent(shape), 1, H100).split == split
+    assert narrow_choice(grid, nnz_at_60_percent(shape), 1, H100).split == split
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,7 @@ def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], sp
     ],
 )
 def test_clusters_for_many_tokens(shape: tuple[int, int], tokens: int, split: int, twins: int) -> None:
-    config = wide_config(ChunkGrid.of(*shape), nnz_at_60_percent(shape), tokens, H100)
+    config = wide_choice(ChunkGrid.of(*shape), nnz_at_60_percent(shape), tokens, H100)
     assert (config.split, config.twins) == (split, twins)
 
 
@@ -327,7 +330,7 @@ def test_ranges_by_cost(shape: tuple[int, int], tokens: int, ranges: int, by_cos
     ],
 )
 def test_copies_that_no_token_is_in_are_left_out(tokens: int, tile: int, copy_tokens: int) -> None:
-    config = wide_config(ChunkGrid.of(28672, 8192), 1 << 26, tokens, H100)
+    config = wide_choice(ChunkGrid.of(28672, 8192), 1 << 26, tokens, H100)
     assert (config.tokens, config.copy_tokens) == (tile, copy_tokens)
 
 
@@ -338,7 +341,7 @@ def test_copies_of_twins_are_half_a_box_at_most() -> None:
 
 
 def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:
-    config = wide_config(ChunkGrid.of(4096, 4096), 1 << 20, 256, DeviceTraits((9, 0), 1, 232448))
+    config = wide_choice(ChunkGrid.of(4096, 4096), 1 << 20, 256, DeviceTraits((9, 0), 1, 232448))
     assert (config.split, config.twins, config.ctas) == (1, 1, 1)
 
 

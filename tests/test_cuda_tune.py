@@ -14,8 +14,9 @@ import torch
 
 from spinfer.kernels.cuda import backend, tune
 from spinfer.kernels.cuda import compile as kernel_compile
+from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
-from spinfer.kernels.cuda.select import TUNED_TOKENS, DeviceTraits, Fused, alternatives, choose
+from spinfer.kernels.cuda.select import TUNED_TOKENS, Fused, alternatives, choose
 from spinfer.kernels.cuda.timing import Timing
 from spinfer.kernels.packed import PackedWeight
 

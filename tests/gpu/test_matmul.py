@@ -14,19 +14,13 @@ from spinfer import SparseLinear, encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda import matmul
 from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.configs import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
 from spinfer.kernels.cuda.dense import RowDecoder
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
 from spinfer.kernels.cuda.passes import run_of
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import (
-    DeviceTraits,
-    alternatives,
-    hopper_config,
-    portable_config,
-    staged_config,
-    wide_config,
-)
+from spinfer.kernels.cuda.select import alternatives
 from spinfer.kernels.packed import tokens_and_stride
 
 pytestmark = [

@@ -22,10 +22,10 @@ from spinfer.bench.kernel_masks import RealMask, prune_
 from spinfer.errors import SpinferError
 from spinfer.format import encode
 from spinfer.kernels import PackedWeight, pack
+from spinfer.kernels.cuda.configs import portable_config
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import portable_config
 from spinfer.kernels.cuda.timing import Call, GraphTimer, Timer, cold_copies
 from spinfer.kernels.packed import tokens_and_stride
 from spinfer.ops import linear

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from spinfer.kernels.cuda.compile import KernelSource, cubin
+from spinfer.kernels.cuda.configs import DeviceTraits, range_count
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.repack import repack_source
-from spinfer.kernels.cuda.select import DeviceTraits, Plan, alternatives, choose, range_count
+from spinfer.kernels.cuda.select import Plan, alternatives, choose
 from spinfer.kernels.cuda.sources import sources_of
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.configs import code_arch
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, BLOCKS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, device_traits, load
-from spinfer.kernels.cuda.select import code_arch
 
 _ARGS = struct.Struct("3Qq6i")
 """DenseArgs of csrc/to_dense.cu."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.configs import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
-from spinfer.kernels.cuda.select import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
 
 _CALL = struct.Struct("8Q3i")
 _CONSTANTS = struct.Struct("11i")

@@ -12,10 +12,10 @@ from spinfer.errors import FormatError
 from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.codec import group_tile_counts
 from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.configs import code_arch, range_count
 from spinfer.kernels.cuda.layout import BLOCKS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 from spinfer.kernels.cuda.ranges import ranges_by_cost
 from spinfer.kernels.cuda.runtime import LaunchShape, device_traits, load
-from spinfer.kernels.cuda.select import code_arch, range_count
 
 _REPACK_ARGS = struct.Struct("6Q4i")
 """RepackArgs of repack.cu."""

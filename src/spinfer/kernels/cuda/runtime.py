@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spinfer.errors import SpinferError
 from spinfer.kernels.cuda.compile import KernelSource, cubin
-from spinfer.kernels.cuda.select import DeviceTraits
+from spinfer.kernels.cuda.configs import DeviceTraits
 
 _MAX_STREAMS = 32
 _MAX_TENSOR_MAPS = 4096

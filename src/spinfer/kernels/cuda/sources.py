@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from spinfer.kernels.cuda.compile import KernelSource
+from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import source, staged_source
-from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, NOT_TUNED, DeviceTraits, Fused, Plan, Staged, choose
+from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, NOT_TUNED, Fused, Plan, Staged, choose
 
 
 def sources_of(grid: ChunkGrid, plan: Plan, dtype: torch.dtype, capability: tuple[int, int]) -> list[KernelSource]:

@@ -23,10 +23,11 @@ from spinfer import env
 from spinfer.errors import SpinferError
 from spinfer.kernels.cuda.ahead import COMPILER
 from spinfer.kernels.cuda.compile import source_digest, write_whole
+from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.passes import Run, run_of
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import TUNED_TOKENS, DeviceTraits, alternatives, choose
+from spinfer.kernels.cuda.select import TUNED_TOKENS, alternatives, choose
 from spinfer.kernels.cuda.sources import sources_of
 from spinfer.kernels.cuda.timing import GraphTimer, cold_copies
 

@@ -1,0 +1,358 @@
+"""Configurations of the CUDA kernels: how work is laid out on a device. Pure; select.py says which to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
+
+MAX_NARROW = 32
+"""Up to so many tokens csrc/matmul_sm90.cu takes weights of any shape, without pairs too."""
+
+NARROW_TILES = (8, 16, 24, 32, 40, 48)
+
+_NARROW_SCRATCH_NBYTES = 16 * 1024
+"""What its 16 warps add up through at a time: 8 tokens of 32 rows each."""
+
+WIDE_TILES = (48, 64, 96, 128, 192, 256)
+FEW, MANY = 64, 128
+"""Up to FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64; H100, 60 %). Beyond MANY 8 warps
+hold one tile each, and chunks of 64 rows go to twins, or to passes of MANY."""
+
+_IN_FLIGHT = 2
+"""Copies of the weight outstanding at a time; 1 and 3 are slower (docs/kernel.md)."""
+
+_CHUNKS_WANTED, _CHUNKS_LEAST = 4.02, 3.5
+"""Chunks of the weight that are worth more than further boxes of x in csrc/matmul_wide_sm90.cu. On an H100 28672 x 8192
+at 50 % and 64 tokens takes 117.7 us with 3.8 chunks and 10 boxes, 106.9 with 4.3 and 8. Where four do not fit all the
+same, or chunks have 64 rows, fewer boxes cost 3 to 8 %."""
+
+PORTABLE_TILES = (8, 16, 32)
+_PORTABLE_WARPS, _PORTABLE_NOTES = 8, 4
+_BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
+"""What csrc/matmul_portable.cu needs for a dense block: kBlockBuffer."""
+
+_MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
+"""Three dense blocks, and what is left at the end of the ring."""
+
+_SHARED_RESERVED_NBYTES = 1024
+"""What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
+
+PANEL_ROWS, _TILE_TOKENS = 256, 128
+"""A tile of csrc/matmul_staged_sm90.cu: kRows, kTileTokens."""
+
+_TOKEN_GROUP = 16
+"""Token tiles that all panels are multiplied with before the next ones: their x, 32 MB at K = 8192, stays in L2."""
+
+_MOST_SHARES = 4
+
+_BARRIER_NBYTES = 1024
+
+_LINES_NBYTES = 4096
+"""What a warpgroup of csrc/matmul_wide_sm90.cu writes y by way of: kLinesBytes."""
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """What a selection may depend on.
+
+    Attributes:
+        capability: compute capability, (9, 0) for Hopper.
+        sm_count: multiprocessors.
+        shared_nbytes: most dynamic shared memory of one block.
+    """
+
+    capability: tuple[int, int]
+    sm_count: int
+    shared_nbytes: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has the instructions that Hopper alone has."""
+        return self.capability == (9, 0)
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """One pass of csrc/matmul_sm90.cu.
+
+    Attributes:
+        tokens: columns of the pass, a compile-time constant.
+        split: CTAs of a cluster, which share row blocks along k; 1 for ranges of chunks that CTAs share by chance.
+        by_cost: whether ranges are those made when the weight was packed; else they are equally long.
+        ctas: how many.
+        boxes: chunks whose columns of x may be in shared memory: 2, 4 or 8 (kSlots of csrc/sm90.cuh).
+        ring_at: where the weight is in shared memory, in bytes.
+        ring_nbytes: how much of it.
+        shared_nbytes: shared memory in all.
+        in_flight: copies outstanding at a time.
+    """
+
+    tokens: int
+    split: int
+    by_cost: bool
+    ctas: int
+    boxes: int
+    ring_at: int
+    ring_nbytes: int
+    shared_nbytes: int
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class WideConfig:
+    """csrc/matmul_wide_sm90.cu: all passes over the weight in one launch.
+
+    Attributes:
+        tokens: columns of a pass, a compile-time constant.
+        copy_tokens: columns of a copy of x, likewise; those that no token is in are left out.
+        warps: that multiply, likewise.
+        bands: of 16 rows that each of them takes, likewise.
+        split: CTAs of a cluster that share a row block along k; 1 for ranges of consecutive chunks.
+        twins: CTAs of a cluster that take row blocks one above the other and share the copies of x.
+        by_cost: as of `HopperConfig`.
+        passes: over the weight.
+        ctas: how many.
+        boxes: blocks of 64 columns of x likewise; a multiple of the warps along k, and two for each at least.
+        ring_at: where the weight is in shared memory, in bytes.
+        ring_nbytes: how much of it.
+        shared_nbytes: shared memory in all.
+        in_flight: copies outstanding at a time.
+    """
+
+    tokens: int
+    copy_tokens: int
+    warps: int
+    bands: int
+    split: int
+    twins: int
+    by_cost: bool
+    passes: int
+    ctas: int
+    boxes: int
+    ring_at: int
+    ring_nbytes: int
+    shared_nbytes: int
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class StagedConfig:
+    """One launch of csrc/matmul_staged_sm90.cu; the first seven are fields of its StagedArgs.
+
+    Attributes:
+        row_blocks: chunks along M.
+        panels: of PANEL_ROWS rows.
+        token_tiles: tiles along N.
+        token_group: how many of them all panels are multiplied with before the next ones.
+        row_block_group: row blocks that are decoded side by side.
+        whole: tiles that one CTA computes.
+        shares: CTAs of each of the other tiles.
+        first_row_block: chunk along M that the launch begins with.
+        ctas: how many.
+    """
+
+    row_blocks: int
+    panels: int
+    token_tiles: int
+    token_group: int
+    row_block_group: int
+    whole: int
+    shares: int
+    first_row_block: int
+    ctas: int
+
+
+@dataclass(frozen=True)
+class PortableConfig:
+    """One pass of csrc/matmul_portable.cu.
+
+    Attributes:
+        arch: what to compile for.
+        tokens: columns of the pass, a compile-time constant.
+        ctas: how many; each takes a range of consecutive chunks.
+        ring_at: where the weight is in shared memory, in bytes.
+        ring_nbytes: how much of it a warp has.
+        shared_nbytes: shared memory of each CTA.
+    """
+
+    arch: str
+    tokens: int
+    ctas: int
+    ring_at: int
+    ring_nbytes: int
+    shared_nbytes: int
+
+
+def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
+    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > MAX_NARROW else 1) * 512
+
+
+def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
+    """Ranges of chunks that one pass over a weight is dealt out in on Hopper, one a CTA."""
+    return min(traits.sm_count, grid.chunks)
+
+
+def hopper_config(
+    grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int = 1, by_cost: bool = False
+) -> HopperConfig:
+    """Configuration of csrc/matmul_sm90.cu: 1 to 32 tokens; with pairs and chunks of 64 rows up to 48.
+
+    Args:
+        grid: how the weight is cut.
+        nnz: its nonzeros.
+        tokens: N.
+        traits: of the device.
+        split: of `HopperConfig`.
+        by_cost: likewise; without pairs.
+    """
+    tile = next(tile for tile in NARROW_TILES if tile >= tokens)
+    x_nbytes = grid.blocks_k * tile * 128
+    fixed = _BARRIER_NBYTES + _NARROW_SCRATCH_NBYTES + (split - 1) * grid.chunk_rows * tile * 4
+    room = traits.shared_nbytes - fixed
+    chunk = grid.mean_chunk_nbytes(nnz)
+    # Two more boxes are worth 1 to 4 % where five chunks of the weight still fit; where four do not, they cost up to
+    # 20 %.
+    boxes = 4 if room - 4 * x_nbytes >= 5 * chunk else 2
+    ring_at = fixed + boxes * x_nbytes
+    ring = (traits.shared_nbytes - ring_at) // 128 * 128
+    ctas = range_count(grid, traits) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
+    return HopperConfig(
+        tokens=tile,
+        split=split,
+        by_cost=by_cost,
+        ctas=ctas,
+        boxes=boxes,
+        ring_at=ring_at,
+        ring_nbytes=ring,
+        shared_nbytes=ring_at + ring,
+        in_flight=_IN_FLIGHT,
+    )
+
+
+def wide_config(
+    grid: ChunkGrid,
+    nnz: int,
+    tokens: int,
+    traits: DeviceTraits,
+    *,
+    split: int = 1,
+    twins: int = 1,
+    by_cost: bool = False,
+) -> WideConfig:
+    """Configuration of csrc/matmul_wide_sm90.cu.
+
+    Args:
+        grid: how the weight is cut.
+        nnz: its nonzeros.
+        tokens: N.
+        traits: of the device.
+        split: of `WideConfig`; 2 for a single pass without twins.
+        twins: likewise.
+        by_cost: likewise, where it can be: in one pass, without pairs and twins.
+    """
+    tiles = [tile for tile in WIDE_TILES if tile <= MANY or grid.blocks_m > 2 or twins > 1]
+    each = -(-tokens // -(-tokens // tiles[-1]))
+    tile = next(tile for tile in tiles if tile >= each)
+    box = tile * 128
+    warps = 16 if tile <= FEW else 8
+    bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > MANY else 2
+    warps_m = 2 * grid.blocks_m // bands
+    warps_k = warps // warps_m
+    passes = -(-tokens // tile)
+    # Two warps along k with more than FEW tokens end a segment together: see finish_bytes of csrc/wide_finish.cuh.
+    finishing = warps if warps_k == 2 and tile > FEW else warps_m
+    sums = max(_scratch_nbytes(grid, warps_k, tile), finishing // 4 * _LINES_NBYTES) if split == 1 else 0
+    fixed = _BARRIER_NBYTES + sums
+    room = traits.shared_nbytes - fixed
+    chunk = grid.mean_chunk_nbytes(nnz)
+    four_fit = grid.blocks_m > 2 and room - 4 * box >= _CHUNKS_WANTED * chunk
+    wanted = max(MAX_CHUNK_NBYTES, int((_CHUNKS_WANTED if four_fit else _CHUNKS_LEAST) * chunk))
+    # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy before
+    # in a box must be one that the same warps have seen land: a barrier tells the last phase alone from this one. With
+    # 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).
+    boxes = max(4, 2 * warps_k, min(12, (room - wanted) // box)) // warps_k * warps_k
+    ring_at = fixed + boxes * box
+    ring = (traits.shared_nbytes - ring_at) // 128 * 128
+    strips = passes * -(-grid.row_blocks // twins)  # of twins
+    # Where nothing can be left out, copies as large as can be: with two for each box of x 96 and 128 tokens take 3 to
+    # 12 % longer in pairs with chunks of 64 rows (H200).
+    part = 64 if tile % 48 else 48
+    return WideConfig(
+        tokens=tile,
+        copy_tokens=part if tokens - (passes - 1) * tile <= tile - part else tile // twins,
+        warps=warps,
+        bands=bands,
+        split=split,
+        twins=twins,
+        by_cost=by_cost and passes == split == twins == 1,
+        passes=passes,
+        ctas=twins * min(traits.sm_count // twins, strips * grid.chunks_k) if split == 1 else split * grid.row_blocks,
+        boxes=boxes,
+        ring_at=ring_at,
+        ring_nbytes=ring,
+        shared_nbytes=ring_at + ring,
+        in_flight=_IN_FLIGHT,
+    )
+
+
+def staged_config(
+    grid: ChunkGrid, first_row_block: int, row_blocks: int, tokens: int, traits: DeviceTraits
+) -> StagedConfig:
+    """Configuration of one launch of the kernel that stages the weight.
+
+    Tiles that would leave more than half of the CTAs idle in a last round are shared along K.
+
+    Args:
+        grid: how the weight is cut.
+        first_row_block: chunk along M to begin with, a multiple of a panel's.
+        row_blocks: how many.
+        tokens: N.
+        traits: of the device.
+    """
+    blocks_a_panel = PANEL_ROWS // grid.chunk_rows
+    panels, token_tiles = -(-row_blocks // blocks_a_panel), -(-tokens // _TILE_TOKENS)
+    token_group = min(token_tiles, _TOKEN_GROUP)
+    tiles = panels * token_tiles
+    rest = tiles % traits.sm_count
+    shares = max(1, min(_MOST_SHARES, traits.sm_count // rest, grid.chunks_k)) if rest else 1
+    whole = tiles - rest if shares > 1 else tiles
+    return StagedConfig(
+        row_blocks=row_blocks,
+        panels=panels,
+        token_tiles=token_tiles,
+        token_group=token_group,
+        row_block_group=min(panels, -(-traits.sm_count // token_group)) * blocks_a_panel,
+        whole=whole,
+        shares=shares,
+        first_row_block=first_row_block,
+        ctas=min(traits.sm_count, whole) if whole else rest * shares,
+    )
+
+
+def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> PortableConfig:
+    """Configuration of one pass with 1 to 32 tokens on a GPU other than Hopper."""
+    tile = next(tile for tile in PORTABLE_TILES if tile >= tokens)
+    x_nbytes = _PORTABLE_WARPS * tile * BLOCK_COLS * 2
+    ring_at = x_nbytes + _PORTABLE_WARPS * _PORTABLE_NOTES * 8 + _scratch_nbytes(grid, grid.blocks_k, tile) + 16
+
+    def ring_nbytes(shared: int) -> int:
+        return min(_MOST_RING_NBYTES, (shared - ring_at - OFFSET_UNIT) // _PORTABLE_WARPS // OFFSET_UNIT * OFFSET_UNIT)
+
+    # With more tokens registers leave no room for two.
+    ctas_a_sm, ring = 2, ring_nbytes((traits.shared_nbytes - _SHARED_RESERVED_NBYTES) // 2)
+    if ring < _BLOCK_BUFFER_NBYTES or tile > 16:
+        ctas_a_sm, ring = 1, ring_nbytes(traits.shared_nbytes)
+    return PortableConfig(
+        arch=code_arch(traits.capability),
+        tokens=tile,
+        ctas=min(traits.sm_count * ctas_a_sm, grid.chunks),
+        ring_at=ring_at,
+        ring_nbytes=ring,
+        shared_nbytes=ring_at + _PORTABLE_WARPS * ring + OFFSET_UNIT,  # a lane may read past the last value
+    )
+
+
+def code_arch(capability: tuple[int, int]) -> str:
+    """What to compile for: Hopper's own instructions on 9.0, the exact architecture elsewhere."""
+    return "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
