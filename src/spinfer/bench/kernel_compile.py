@@ -13,15 +13,8 @@ from spinfer.kernels.cuda.configs import DeviceTraits, range_count
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.repack import repack_source
-from spinfer.kernels.cuda.select import Plan, alternatives, choose
+from spinfer.kernels.cuda.select import alternatives, choose
 from spinfer.kernels.cuda.sources import sources_of
-
-
-def plan_of(m: int, k: int, density: float, tokens: int, traits: DeviceTraits, *, uneven: bool = False) -> Plan:
-    """What the selection chooses for a weight (m, k) of this density and x of the same dtype."""
-    grid = ChunkGrid.of(m, k)
-    ranges = range_count(grid, traits) if uneven else 0
-    return choose(grid, round(density * m * k), tokens, True, traits, ranges)
 
 
 def kernel_sources(
@@ -43,7 +36,7 @@ def kernel_sources(
         dtypes: of both.
         traits: of the device.
         uneven: whether there are weights with ranges by cost too.
-        every: whether to compile what the selection does not choose too, for measuring it.
+        every: whether to compile all alternatives, for measuring them, and not only what the selection chooses.
     """
     shapes, densities, tokens = list(shapes), list(densities), list(tokens)
     found: dict[KernelSource, None] = {}
@@ -53,10 +46,11 @@ def kernel_sources(
         found[dense_source(grid, traits.capability)] = None
         for density in densities:
             for n, by_cost in itertools.product(tokens, (False, True) if uneven else (False,)):
-                plans = [plan_of(m, k, density, n, traits, uneven=by_cost)]
+                nnz, ranges = round(density * m * k), range_count(grid, traits) if by_cost else 0
                 if every:
-                    ranges = range_count(grid, traits) if by_cost else 0
-                    plans += alternatives(grid, round(density * m * k), n, traits, ranges).values()
+                    plans = list(alternatives(grid, nnz, n, traits, ranges).values())
+                else:
+                    plans = [choose(grid, nnz, n, True, traits, ranges)]
                 for plan, dtype in itertools.product(plans, dtypes):
                     found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
     return list(found)

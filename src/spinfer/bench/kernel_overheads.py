@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spinfer.bench.kernel_compile import kernel_sources, plan_of
+from spinfer.bench.kernel_compile import kernel_sources
 from spinfer.bench.kernel_masks import prune_
 from spinfer.format import encode
 from spinfer.kernels import backend_of, pack
@@ -19,7 +19,7 @@ from spinfer.kernels.cuda.dense import RowDecoder
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import Fused
+from spinfer.kernels.cuda.select import Fused, choose
 from spinfer.ops import linear
 
 _SPARSITY = 0.6
@@ -58,10 +58,11 @@ def launches() -> dict[str, float]:
     weight = pack(encode(dense))
     x = torch.randn(1, k, dtype=_DTYPE, device="cuda")
     y = torch.empty(1, m, dtype=_DTYPE, device="cuda")
-    plan = plan_of(m, k, weight.nnz / (m * k), 1, device_traits(0))
+    grid = ChunkGrid.of(m, k)
+    plan = choose(grid, weight.nnz, 1, True, device_traits(0))
     if not isinstance(plan, Fused):
         raise TypeError(f"the selection decodes a {m} x {k} weight at one token")
-    run = FusedPass(ChunkGrid.of(m, k), plan.passes[0], _DTYPE, x.device)
+    run = FusedPass(grid, plan.passes[0], _DTYPE, x.device)
     with torch.inference_mode():
         inference = _host_us(functools.partial(linear, x, weight))
     return {

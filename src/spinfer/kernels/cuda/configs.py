@@ -19,7 +19,7 @@ FEW, MANY = 64, 128
 """Up to FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64; H100, 60 %). Beyond MANY 8 warps
 hold one tile each, and chunks of 64 rows go to twins, or to passes of MANY."""
 
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 """Copies of the weight outstanding at a time; 1 and 3 are slower (docs/kernel.md)."""
 
 _CHUNKS_WANTED, _CHUNKS_LEAST = 4.02, 3.5
@@ -29,10 +29,10 @@ same, or chunks have 64 rows, fewer boxes cost 3 to 8 %."""
 
 PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS, _PORTABLE_NOTES = 8, 4
-_BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
-"""What csrc/matmul_portable.cu needs for a dense block: kBlockBuffer."""
+BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
+"""What a warp needs for a dense block in csrc/block_copy.cuh: kBlockBuffer."""
 
-_MOST_RING_NBYTES = 4 * _BLOCK_BUFFER_NBYTES
+_MOST_RING_NBYTES = 4 * BLOCK_BUFFER_NBYTES
 """Three dense blocks, and what is left at the end of the ring."""
 
 _SHARED_RESERVED_NBYTES = 1024
@@ -226,7 +226,7 @@ def hopper_config(
         ring_at=ring_at,
         ring_nbytes=ring,
         shared_nbytes=ring_at + ring,
-        in_flight=_IN_FLIGHT,
+        in_flight=IN_FLIGHT,
     )
 
 
@@ -292,7 +292,7 @@ def wide_config(
         ring_at=ring_at,
         ring_nbytes=ring,
         shared_nbytes=ring_at + ring,
-        in_flight=_IN_FLIGHT,
+        in_flight=IN_FLIGHT,
     )
 
 
@@ -341,7 +341,7 @@ def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Porta
 
     # With more tokens registers leave no room for two.
     ctas_a_sm, ring = 2, ring_nbytes((traits.shared_nbytes - _SHARED_RESERVED_NBYTES) // 2)
-    if ring < _BLOCK_BUFFER_NBYTES or tile > 16:
+    if ring < BLOCK_BUFFER_NBYTES or tile > 16:
         ctas_a_sm, ring = 1, ring_nbytes(traits.shared_nbytes)
     return PortableConfig(
         arch=code_arch(traits.capability),

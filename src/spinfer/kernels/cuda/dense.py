@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.configs import code_arch
+from spinfer.kernels.cuda.configs import BLOCK_BUFFER_NBYTES, IN_FLIGHT, code_arch
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, BLOCKS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, device_traits, load
 
@@ -16,8 +16,7 @@ _ARGS = struct.Struct("3Qq6i")
 """DenseArgs of csrc/to_dense.cu."""
 
 _WARPS = 4
-_BLOCK_BUFFER_NBYTES = 256 + BLOCK_ROWS * BLOCK_COLS * 2 + 32
-_SHARED_NBYTES = _WARPS * (2 * _BLOCK_BUFFER_NBYTES + BLOCK_ROWS * (BLOCK_COLS * 2 + 16))
+_SHARED_NBYTES = _WARPS * (2 * BLOCK_BUFFER_NBYTES + BLOCK_ROWS * (BLOCK_COLS * 2 + 16))
 _CTAS_A_SM = 4
 
 _HOPPER_CALL, _HOPPER_CONSTANTS = struct.Struct("2Q56xi"), struct.Struct("11i")
@@ -25,7 +24,6 @@ _HOPPER_CALL, _HOPPER_CONSTANTS = struct.Struct("2Q56xi"), struct.Struct("11i")
 
 _HOPPER_THREADS = (BLOCKS + 1) * 32
 _HOPPER_RING_AT = 1024 + BLOCKS * 2 * BLOCK_ROWS * BLOCK_COLS * 2
-_HOPPER_IN_FLIGHT = 2
 
 _tensor_maps = TensorMaps()
 
@@ -48,10 +46,9 @@ class RowDecoder:
 
     def __init__(self, grid: ChunkGrid, first: int, count: int, index: int) -> None:
         traits = device_traits(index)
-        source = dense_source(grid, traits.capability)
-        self._kernel = load(source, "spinfer_to_dense")
+        self._kernel = load(dense_source(grid, traits.capability), "spinfer_to_dense")
         self._grid, self._first, self._count, self._index = grid, first, count, index
-        self._hopper = source.file == "to_dense_sm90.cu"
+        self._hopper = traits.hopper
         chunks = count * grid.chunks_k
         if self._hopper:
             ctas = min(chunks, traits.sm_count)
@@ -65,7 +62,7 @@ class RowDecoder:
                 *divmod(chunks, ctas),
                 _HOPPER_RING_AT,
                 (traits.shared_nbytes - _HOPPER_RING_AT) // 128 * 128,
-                _HOPPER_IN_FLIGHT,
+                IN_FLIGHT,
                 0,
             )
         else:

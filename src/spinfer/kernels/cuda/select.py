@@ -129,7 +129,7 @@ def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
 
     A pair saves 2.4 us of adding up (H100). Where row blocks do not go round evenly, the time of decoding grows with
     the inverse of the share of busy CTAs, that of the copies less, with a power of it (28.2 us instead of 23.4 with
-    half of them idle). Fitted to 34 shapes, 50 to 70 % zeros and up to 32 tokens on an H200: what this chooses takes
+    half of them idle). Fitted to 32 shapes, 50 to 70 % zeros and up to 32 tokens on an H200: what this chooses takes
     0.2 % more than the faster of the two on average, at most 13 % (3072 x 8192 at 50 % and 32 tokens).
     """
     clusters = traits.sm_count // 2
@@ -207,7 +207,7 @@ def _many_tokens(
 
     Its passes decode the weight several times, but go round evenly; staging decodes once, for tiles that do not (at 768
     tokens 4096 x 14336 has 96 of them for 132 multiprocessors); decoding first, for cuBLAS, takes as long as writing
-    the dense weight, which is little of small matrices. Estimates, fitted to 34 shapes of 4 to 470 million weights, 50
+    the dense weight, which is little of small matrices. Estimates, fitted to 32 shapes of 4 to 470 million weights, 50
     to 70 % zeros and 384 to 8,192 tokens on an H200: what they choose takes 0.2 % more than the fastest on average, at
     most 9 %. From 33 million weights on decoding first gains nothing, 3 % at most.
     """

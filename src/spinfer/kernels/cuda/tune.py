@@ -36,7 +36,7 @@ _BETTER = 0.97
 
 _HOPELESS = 3.0
 """How much longer than the fastest a first trial may take; what takes longer is not measured. Of short calls a trial
-measures how fast the host launches: with 1.5 ranges were left out in 17 of 432 cases of up to 32 tokens."""
+measures how fast the host launches: with 1.5 ranges were left out in 17 of 384 cases of up to 32 tokens."""
 
 _STEP = 20
 """Densities are told apart in so many steps: a model's layers differ by a percent or two."""

@@ -249,10 +249,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; i++) {
-      mbarrier_init(start + kLanded + kSlotStride * i, 1);
-      mbarrier_init(start + kEmpty + kSlotStride * i, kArrivals * kConsumerWarps);
-    }
+    init_slots(start, kConsumerWarps);
     for (int i = 0; i < p.boxes; i++) {
       mbarrier_init(start + kBoxLanded + 8 * i, 1);
       mbarrier_init(start + kBoxEmpty + 8 * i, kArrivals * kWarpsM * kTwins);

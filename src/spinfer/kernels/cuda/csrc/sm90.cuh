@@ -71,6 +71,14 @@ constexpr int kSlots = 8;
 // kSlotStride s further on. A note is {flags, strip, address of the next chunk, -}.
 constexpr u32 kSlotStride = 16, kLanded = 0, kEmpty = 8, kNotes = kSlotStride * kSlots, kFree = 2 * kNotes;
 
+// Makes the barriers of the slots, which so many warps read; one thread calls it.
+__device__ __forceinline__ void init_slots(const u32 start, int readers) {
+  for (int i = 0; i < kSlots; i++) {
+    mbarrier_init(start + kLanded + kSlotStride * i, 1);
+    mbarrier_init(start + kEmpty + kSlotStride * i, kArrivals * readers);
+  }
+}
+
 // Copies the weight's chunks of this CTA's work. All 32 lanes run it; lane 0 issues.
 struct WeightProducer {
   const MatmulArgs& p;

@@ -68,10 +68,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_to_dense(const
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; i++) {
-      mbarrier_init(start + kLanded + kSlotStride * i, 1);
-      mbarrier_init(start + kEmpty + kSlotStride * i, kArrivals * kWarps);
-    }
+    init_slots(start, kWarps);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
