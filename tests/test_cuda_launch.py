@@ -23,7 +23,7 @@ from spinfer.kernels.packed import PackedWeight
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)
 ADA = DeviceTraits((8, 9), 128, 101376)
-MATMUL_ARGS, STAGED_ARGS, MAP = struct.Struct("8Q14i"), struct.Struct("7Qq11i4x"), struct.Struct("5Q88x")
+MATMUL_ARGS, STAGED_ARGS, MAP = struct.Struct("8Q14i"), struct.Struct("7Q12i"), struct.Struct("5Q88x")
 M, K = 300, 136
 BATCHES = [(1,), (1, 1), (1, 7), (2, 1), (3, 20), (2, 2, 9), (1, 40), (1, 100), (2, 300), (1, 1100)]
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from spinfer.kernels.cuda import dense, matmul, repack
 from spinfer.kernels.cuda.configs import (
+    PANEL_ROWS,
+    STAGED_TILES,
     DeviceTraits,
     HopperConfig,
     PortableConfig,
@@ -29,6 +31,7 @@ from spinfer.kernels.cuda.select import (
     alternatives,
     choose,
     narrow_choice,
+    staged_tiles,
     wide_choice,
 )
 
@@ -126,12 +129,13 @@ def assert_fits(plan: Plan, grid: ChunkGrid, tokens: int, device: DeviceTraits) 
                 assert 2 * (config.shared_nbytes + 1024) <= device.shared_nbytes + 1024, "two CTAs fit an SM"
 
 
-@given(sides, sides, st.integers(1, 9000), st.integers(1, 200))
-def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_count: int) -> None:
+@given(sides, sides, st.integers(1, 9000), st.integers(1, 200), st.sampled_from(STAGED_TILES))
+def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_count: int, tile: int) -> None:
     grid = ChunkGrid.of(m, k)
-    config = staged_config(grid, 0, grid.row_blocks, tokens, DeviceTraits((9, 0), sm_count, 232448))
-    assert (config.panels - 1) * 256 < grid.row_blocks * grid.chunk_rows <= config.panels * 256
-    assert (config.token_tiles - 1) * 128 < tokens <= config.token_tiles * 128
+    config = staged_config(grid, 0, grid.row_blocks, tokens, DeviceTraits((9, 0), sm_count, 232448), tile=tile)
+    assert (config.panels - 1) * PANEL_ROWS < grid.row_blocks * grid.chunk_rows <= config.panels * PANEL_ROWS
+    assert (config.token_tiles - 1) * tile < tokens <= config.token_tiles * tile
+    assert 1 <= config.token_group <= config.token_tiles
     rest = config.panels * config.token_tiles - config.whole
     assert config.whole >= 0
     assert 0 <= rest * config.shares <= config.ctas <= sm_count
@@ -139,7 +143,32 @@ def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_cou
     assert 1 <= config.shares <= grid.chunks_k, "each share has a chunk"
     assert config.ctas == min(sm_count, config.whole) or config.whole == 0
     assert config.whole % config.ctas == 0 or rest == 0, "shares come after whole rounds"
-    assert config.row_block_group % (256 // grid.chunk_rows) == 0, "a panel is decoded side by side"
+    assert config.row_block_group % (PANEL_ROWS // grid.chunk_rows) == 0, "a panel is decoded side by side"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles"),
+    [
+        (1, [144]),
+        (257, [144]),
+        (513, [176, 144]),
+        (768, [256, 192, 160, 144]),
+        (1032, [208, 176, 160, 144]),
+        (8192, [256, 240, 224, 208, 192, 176, 160, 144]),
+    ],
+)
+def test_tokens_of_a_staged_tile(tokens: int, tiles: list[int]) -> None:
+    assert staged_tiles(tokens) == tiles
+
+
+@given(st.integers(1, 20000))
+def test_groups_of_token_tiles_are_about_as_large(tokens: int) -> None:
+    """A group of one tile or two would read the whole weight again for these."""
+    for tile in STAGED_TILES:
+        config = staged_config(ChunkGrid.of(4096, 4096), 0, 64, tokens, H100, tile=tile)
+        groups = -(-config.token_tiles // config.token_group)
+        assert config.token_group * tile <= 2560 + tile
+        assert config.token_group - config.token_tiles // groups <= 1
 
 
 @pytest.mark.parametrize(
@@ -147,17 +176,15 @@ def test_staged_tiles_are_each_computed_once(m: int, k: int, tokens: int, sm_cou
     [
         ((28672, 8192), 512, Fused),
         ((28672, 8192), 576, Fused),
-        ((28672, 8192), 640, Staged),
-        ((28672, 8192), 768, Staged),
+        ((28672, 8192), 840, Staged),
         ((8192, 8192), 512, Fused),
-        ((8192, 8192), 1024, Staged),
-        ((4096, 14336), 768, Fused),
-        ((4096, 14336), 900, Staged),
+        ((8192, 8192), 768, Staged),
+        ((4096, 14336), 520, Fused),
+        ((4096, 14336), 768, Staged),
         ((28672, 4096), 8192, Staged),
-        ((4096, 4096), 512, Fused),
-        ((4096, 4096), 768, Decoded),
-        ((4096, 4096), 1536, Decoded),
-        ((4096, 4096), 8192, Decoded),
+        ((4096, 4096), 520, Decoded),
+        ((4096, 4096), 704, Staged),
+        ((4096, 4096), 2048, Staged),
         ((6144, 4096), 512, Fused),
         ((6144, 4096), 1024, Decoded),
         ((3072, 3072), 256, Fused),
@@ -199,17 +226,20 @@ def test_more_than_32_tokens_stay_narrow_where_the_ring_is_long_enough(
 
 
 @pytest.mark.parametrize(
-    ("shape", "tokens", "whole", "shares"),
+    ("shape", "tokens", "tile", "whole", "shares"),
     [
-        ((4096, 4096), 512, 0, 2),
-        ((28672, 8192), 512, 396, 2),
-        ((28672, 8192), 1024, 896, 1),
-        ((8192, 8192), 512, 128, 1),
+        ((4096, 4096), 512, 256, 0, 2),
+        ((28672, 8192), 512, 256, 396, 2),
+        ((28672, 8192), 1024, 256, 896, 1),
+        ((28672, 8192), 1032, 208, 1056, 2),
+        ((8192, 8192), 512, 256, 128, 1),
     ],
 )
-def test_tiles_of_a_short_last_round_are_shared(shape: tuple[int, int], tokens: int, whole: int, shares: int) -> None:
+def test_tiles_of_a_short_last_round_are_shared(
+    shape: tuple[int, int], tokens: int, tile: int, whole: int, shares: int
+) -> None:
     grid = ChunkGrid.of(*shape)
-    config = staged_config(grid, 0, grid.row_blocks, tokens, H100)
+    config = staged_config(grid, 0, grid.row_blocks, tokens, H100, tile=tile)
     assert (config.whole, config.shares) == (whole, shares)
 
 
@@ -377,7 +407,7 @@ def test_decoded_rows_are_bounded() -> None:
     assert plan.row_blocks * grid.chunk_rows * grid.in_features * 2 <= 512 << 20
     plan = choose(grid, 1 << 30, 4096, True, H100)
     assert isinstance(plan, Staged)
-    assert all(launch.panels * 256 * grid.in_features * 2 <= 512 << 20 for launch in plan.launches)
+    assert all(launch.panels * PANEL_ROWS * grid.in_features * 2 <= 512 << 20 for launch in plan.launches)
 
 
 @pytest.mark.parametrize(("capability", "arch"), [((8, 0), "sm_80"), ((9, 0), "sm_90a"), ((12, 0), "sm_120")])
@@ -389,6 +419,6 @@ def test_argument_structs_have_the_size_of_the_kernels() -> None:
     # sizeof in csrc without padding at the end
     assert matmul._CALL.size + matmul._CONSTANTS.size == struct.calcsize("8Q14i")
     assert dense._HOPPER_CALL.size + dense._HOPPER_CONSTANTS.size == struct.calcsize("8Q14i")
-    assert matmul._STAGED_CALL.size + matmul._STAGED_CONSTANTS.size == struct.calcsize("7Qq11i4x")
+    assert matmul._STAGED_CALL.size + matmul._STAGED_CONSTANTS.size == struct.calcsize("7Q12i")
     assert repack._REPACK_ARGS.size == struct.calcsize("6Q4i")
     assert dense._ARGS.size == struct.calcsize("4Q6i")

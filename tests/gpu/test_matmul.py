@@ -14,7 +14,15 @@ from spinfer import SparseLinear, encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda import matmul
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.configs import DeviceTraits, hopper_config, portable_config, staged_config, wide_config
+from spinfer.kernels.cuda.configs import (
+    PANEL_ROWS,
+    STAGED_TILES,
+    DeviceTraits,
+    hopper_config,
+    portable_config,
+    staged_config,
+    wide_config,
+)
 from spinfer.kernels.cuda.dense import RowDecoder
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
@@ -442,14 +450,16 @@ def test_twins(shape: tuple[int, int], tokens: int) -> None:
         assert all(torch.equal(fused(x, weight, config, bias), first) for _ in range(5))
 
 
-def staged(x: Tensor, weight: PackedWeight, sm_count: int, launches: int = 1, bias: Tensor | None = None) -> Tensor:
+def staged(
+    x: Tensor, weight: PackedWeight, sm_count: int, launches: int = 1, bias: Tensor | None = None, tile: int = 256
+) -> Tensor:
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     grid = ChunkGrid.of(*weight.shape)
     traits = DeviceTraits((9, 0), sm_count, device_traits(0).shared_nbytes)
-    panel = 256 // grid.chunk_rows
+    panel = PANEL_ROWS // grid.chunk_rows
     step = -(-grid.row_blocks // panel // launches) * panel or panel
     configs = tuple(
-        staged_config(grid, first, min(step, grid.row_blocks - first), x.shape[0], traits)
+        staged_config(grid, first, min(step, grid.row_blocks - first), x.shape[0], traits, tile=tile)
         for first in range(0, grid.row_blocks, step)
     )
     StagedMatmul(grid, configs, x.dtype, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
@@ -466,6 +476,22 @@ def test_staged_shapes(shape: tuple[int, int], density: float) -> None:
     for tokens in (1, 127, 300):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
         check(staged(x, weight, 132, bias=bias), x, w, bias)
+
+
+@hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", STAGED_TILES)
+def test_staged_tiles_of_any_width(tile: int, dtype: torch.dtype) -> None:
+    """Several tiles a CTA: what one leaves in shared memory must not reach the next one's y."""
+    for shape in ((3001, 520), (4300, 1032)):
+        w = random_weight(*shape, 0.4, dtype)
+        weight = packed(w)
+        bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+        for tokens in (tile, 5 * tile - 3):
+            x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+            first = staged(x, weight, 20, bias=bias, tile=tile)
+            check(first, x, w, bias)
+            assert all(torch.equal(staged(x, weight, 20, bias=bias, tile=tile), first) for _ in range(5))
 
 
 @hopper

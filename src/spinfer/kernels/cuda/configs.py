@@ -38,11 +38,14 @@ _MOST_RING_NBYTES = 4 * BLOCK_BUFFER_NBYTES
 _SHARED_RESERVED_NBYTES = 1024
 """What the driver takes of each block's shared memory: an SM has so much more than one block can use."""
 
-PANEL_ROWS, _TILE_TOKENS = 256, 128
-"""A tile of csrc/matmul_staged_sm90.cu: kRows, kTileTokens."""
+PANEL_ROWS = 128
+STAGED_TILES = tuple(range(144, 257, 16))
+"""Rows of a tile of csrc/matmul_staged_sm90.cu, kRows, and how many tokens one may have, kTileTokens."""
 
-_TOKEN_GROUP = 16
-"""Token tiles that all panels are multiplied with before the next ones: their x, 32 MB at K = 8192, stays in L2."""
+_TOKEN_GROUP = 2560
+"""Most tokens that all panels are multiplied with before the next ones, whose x L2 keeps. Groups are of about the same
+size: for a last one of a single tile the whole weight was read again (4096 x 14336 by 15 tiles of 144 tokens, an H200:
+446 us with groups of 14 and 1, 416 with 15)."""
 
 _MOST_SHARES = 4
 
@@ -138,9 +141,10 @@ class WideConfig:
 
 @dataclass(frozen=True)
 class StagedConfig:
-    """One launch of csrc/matmul_staged_sm90.cu; the first seven are fields of its StagedArgs.
+    """One launch of csrc/matmul_staged_sm90.cu; all but the first and the last two are fields of its StagedArgs.
 
     Attributes:
+        tile: tokens of a tile, a compile-time constant.
         row_blocks: chunks along M.
         panels: of PANEL_ROWS rows.
         token_tiles: tiles along N.
@@ -152,6 +156,7 @@ class StagedConfig:
         ctas: how many.
     """
 
+    tile: int
     row_blocks: int
     panels: int
     token_tiles: int
@@ -297,7 +302,7 @@ def wide_config(
 
 
 def staged_config(
-    grid: ChunkGrid, first_row_block: int, row_blocks: int, tokens: int, traits: DeviceTraits
+    grid: ChunkGrid, first_row_block: int, row_blocks: int, tokens: int, traits: DeviceTraits, *, tile: int
 ) -> StagedConfig:
     """Configuration of one launch of the kernel that stages the weight.
 
@@ -309,15 +314,17 @@ def staged_config(
         row_blocks: how many.
         tokens: N.
         traits: of the device.
+        tile: of `StagedConfig`, one of STAGED_TILES.
     """
     blocks_a_panel = PANEL_ROWS // grid.chunk_rows
-    panels, token_tiles = -(-row_blocks // blocks_a_panel), -(-tokens // _TILE_TOKENS)
-    token_group = min(token_tiles, _TOKEN_GROUP)
+    panels, token_tiles = -(-row_blocks // blocks_a_panel), -(-tokens // tile)
+    token_group = -(-token_tiles // -(-token_tiles * tile // _TOKEN_GROUP))
     tiles = panels * token_tiles
     rest = tiles % traits.sm_count
     shares = max(1, min(_MOST_SHARES, traits.sm_count // rest, grid.chunks_k)) if rest else 1
     whole = tiles - rest if shares > 1 else tiles
     return StagedConfig(
+        tile=tile,
         row_blocks=row_blocks,
         panels=panels,
         token_tiles=token_tiles,

@@ -16,12 +16,13 @@ _CALL = struct.Struct("8Q3i")
 _CONSTANTS = struct.Struct("11i")
 """MatmulArgs of csrc/matmul.cuh: what changes from call to call, then what does not."""
 
-_STAGED_CALL = struct.Struct("7Qqi")
-_STAGED_CONSTANTS = struct.Struct("10i4x")
+_STAGED_CALL = struct.Struct("7Q2i")
+_STAGED_CONSTANTS = struct.Struct("10i")
 """StagedArgs of csrc/matmul_staged_sm90.cu, likewise."""
 
+STAGED_FILE = "matmul_staged_sm90.cu"
 _NARROW_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 4
-_STAGED_THREADS, _STAGED_SHARED_NBYTES, _STAGED_TOKENS = 384, 227 * 1024, 128
+_STAGED_THREADS, _STAGED_SHARED_NBYTES = 384, 227 * 1024
 
 _tensor_maps = TensorMaps()
 _workspaces = Workspaces()
@@ -120,7 +121,7 @@ class _StagedLaunch:
         self.row = config.first_row_block * grid.chunk_rows
         self.first_chunk = config.first_row_block * grid.chunks_k
         self.staging_nbytes = config.panels * grid.chunks_k * grid.blocks_k * PANEL_ROWS * BLOCK_COLS * 2
-        self.partials_nbytes = shared_tiles * config.shares * PANEL_ROWS * _STAGED_TOKENS * 4
+        self.partials_nbytes = shared_tiles * config.shares * PANEL_ROWS * config.tile * 4
         self.counters = 4 + config.panels * grid.chunks_k + shared_tiles
         self.shape = LaunchShape(config.ctas, _STAGED_THREADS, _STAGED_SHARED_NBYTES, dependent=True)
         self.constants = _STAGED_CONSTANTS.pack(
@@ -150,7 +151,8 @@ class StagedMatmul:
     def __init__(
         self, grid: ChunkGrid, launches: tuple[StagedConfig, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._kernel = load(staged_source(grid, dtype), "spinfer_matmul_staged")
+        self._tile = launches[0].tile  # of all of them
+        self._kernel = load(staged_source(grid, self._tile, dtype), "spinfer_matmul_staged")
         self._launches = [_StagedLaunch(grid, config) for config in launches]
         self._out_features, self._in_features = grid.out_features, grid.in_features
         self._device = device
@@ -161,7 +163,7 @@ class StagedMatmul:
         """Write y = x W^T + bias as `FusedPass` does."""
         chunks, offsets = parts[:2]
         x, stride, address = _rows_aligned(x, tokens, stride, self._in_features)
-        x_map = _tensor_maps.get(address, tokens, self._in_features, stride, _STAGED_TOKENS)
+        x_map = _tensor_maps.get(address, tokens, self._in_features, stride, self._tile)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         for launch in self._launches:
             workspace = chunks.new_empty(launch.staging_nbytes + launch.partials_nbytes)
@@ -213,7 +215,11 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
     return KernelSource("matmul_sm90.cu", "sm_90a", tuple(defines.items()))
 
 
-def staged_source(grid: ChunkGrid, dtype: torch.dtype) -> KernelSource:
-    """What to compile for the kernel that stages the weight."""
-    defines = (("SPINFER_BF16", int(dtype == torch.bfloat16)), ("SPINFER_BLOCKS_M", grid.blocks_m))
-    return KernelSource("matmul_staged_sm90.cu", "sm_90a", defines)
+def staged_source(grid: ChunkGrid, tile: int, dtype: torch.dtype) -> KernelSource:
+    """What to compile for the kernel that stages the weight, for tiles of so many tokens."""
+    defines = {
+        "SPINFER_BF16": int(dtype == torch.bfloat16),
+        "SPINFER_BLOCKS_M": grid.blocks_m,
+        "SPINFER_TILE_TOKENS": tile,
+    }
+    return KernelSource(STAGED_FILE, "sm_90a", tuple(defines.items()))

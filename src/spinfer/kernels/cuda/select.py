@@ -17,6 +17,7 @@ from spinfer.kernels.cuda.configs import (
     NARROW_TILES,
     PANEL_ROWS,
     PORTABLE_TILES,
+    STAGED_TILES,
     WIDE_TILES,
     DeviceTraits,
     HopperConfig,
@@ -42,8 +43,9 @@ _LEAST_STAGED, MOST_FUSED_TOKENS = 513, 1024
 """Tokens from which staging may be faster than the fused kernels on Hopper, and up to which these may be."""
 
 _MORE_PASSES, _FUSED_MORE_US = 1.06, 10.0
-_STAGED_US_A_COLUMN, _STAGED_MORE_US, _SHARING_US, _STAGING_US, _TOGETHER = 0.01213, 9.1, 11.2, 2.36e-6, 5
-_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.82e-6, 2.57e-9, 6.4, 32_000_000
+_STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 9.5e-4, 4.44e-5, 8.3, 0.045
+_STAGING_US, _TOGETHER = 2.31e-6, 3.9
+_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.7e-6, 2.7e-9, 6.4, 32_000_000
 _LEAST_ROWS_DECODED = 1024
 """Of an H200 at 60 %, behind a kernel of 3 us; see _many_tokens."""
 
@@ -178,17 +180,29 @@ def _fused_us(grid: ChunkGrid, config: WideConfig) -> float:
     return weights * config.passes * each * (_MORE_PASSES if config.passes > 1 else 1) + _FUSED_MORE_US
 
 
-def _staged_us(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> float:
-    config = staged_config(grid, 0, grid.row_blocks, tokens, traits)
+def _staged_us(grid: ChunkGrid, tokens: int, tile: int, traits: DeviceTraits) -> float:
+    config = staged_config(grid, 0, grid.row_blocks, tokens, traits, tile=tile)
     rounds: float = -(-config.whole // traits.sm_count)
     multiplying = _STAGED_MORE_US
     if config.whole < config.panels * config.token_tiles:
         rounds += 1 / config.shares
-        multiplying += _SHARING_US
-    multiplying += _STAGED_US_A_COLUMN * grid.in_features * rounds
+        multiplying += _SHARING_US_A_TOKEN * tile
+    multiplying += (_STAGED_US_A_COLUMN + _STAGED_US_A_COLUMN_TOKEN * tile) * grid.in_features * rounds
     # The longer of the two, or somewhat more where they take about as long.
     staging: float = _STAGING_US * grid.out_features * grid.in_features
     return math.pow(multiplying**_TOGETHER + staging**_TOGETHER, 1 / _TOGETHER)
+
+
+def staged_tiles(tokens: int) -> list[int]:
+    """Tokens that a tile of the staging kernel may have: the fewest for each number of tiles, most first."""
+    fewest, most = -(-tokens // STAGED_TILES[-1]), -(-tokens // STAGED_TILES[0])
+    tiles = [next(tile for tile in STAGED_TILES if tile * count >= tokens) for count in range(fewest, most + 1)]
+    return list(dict.fromkeys(tiles))
+
+
+def _staged_tile(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> int:
+    """The fastest of these."""
+    return min(staged_tiles(tokens), key=lambda tile: _staged_us(grid, tokens, tile, traits))
 
 
 def _decoded_us(grid: ChunkGrid, tokens: int) -> float:
@@ -205,13 +219,15 @@ def _many_tokens(
 ) -> Fused | Staged | Decoded:
     """The fastest of three ways for more tokens than one pass of csrc/matmul_wide_sm90.cu takes.
 
-    Its passes decode the weight several times, but go round evenly; staging decodes once, for tiles that do not (at 768
-    tokens 4096 x 14336 has 96 of them for 132 multiprocessors); decoding first, for cuBLAS, takes as long as writing
-    the dense weight, which is little of small matrices. Estimates, fitted to 32 shapes of 4 to 470 million weights, 50
-    to 70 % zeros and 384 to 8,192 tokens on an H200: what they choose takes 0.2 % more than the fastest on average, at
-    most 9 %. From 33 million weights on decoding first gains nothing, 3 % at most.
+    Its passes decode the weight several times; staging decodes once, in its own time; decoding first, for cuBLAS, takes
+    as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 22 shapes of 4 to 235
+    million weights, 60 % zeros and 264 to 6,000 tokens on an H200: what they choose takes 1.2 % more than the fastest
+    on average, most of it where cuBLAS takes up to a third more than for about as many tokens (5120 x 5120 by 1,032).
+    From 33 million weights on decoding first gains nothing, 4 % at most.
     """
-    staged_us = _staged_us(grid, tokens, traits) if tokens >= _LEAST_STAGED else math.inf
+    staged_us = math.inf
+    if tokens >= _LEAST_STAGED:
+        staged_us = _staged_us(grid, tokens, _staged_tile(grid, tokens, traits), traits)
     decoded_us = _decoded_us(grid, tokens)
     if tokens <= MOST_FUSED_TOKENS:
         wide = wide_choice(grid, nnz, tokens, traits, by_cost)
@@ -263,9 +279,10 @@ def _portable(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Fused:
 def _staged(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Staged:
     row_nbytes, blocks_a_panel = grid.chunk_rows * grid.in_features * 2, PANEL_ROWS // grid.chunk_rows
     step = max(1, _WORKSPACE_NBYTES // (row_nbytes * blocks_a_panel)) * blocks_a_panel
+    tile = _staged_tile(grid, tokens, traits)
     return Staged(
         tuple(
-            staged_config(grid, first, min(step, grid.row_blocks - first), tokens, traits)
+            staged_config(grid, first, min(step, grid.row_blocks - first), tokens, traits, tile=tile)
             for first in range(0, grid.row_blocks, step)
         )
     )

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.configs import DeviceTraits
+from spinfer.kernels.cuda.configs import STAGED_TILES, DeviceTraits
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.matmul import source, staged_source
+from spinfer.kernels.cuda.matmul import STAGED_FILE, source, staged_source
 from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, NOT_TUNED, Fused, Plan, Staged, choose
 
 
@@ -18,7 +18,9 @@ def sources_of(grid: ChunkGrid, plan: Plan, dtype: torch.dtype, capability: tupl
     """The kernels of one plan, for x and values of `dtype`."""
     if isinstance(plan, Fused):
         return [source(grid, config, dtype) for config in plan.passes]
-    return [staged_source(grid, dtype) if isinstance(plan, Staged) else dense_source(grid, capability)]
+    if isinstance(plan, Staged):
+        return [staged_source(grid, plan.launches[0].tile, dtype)]
+    return [dense_source(grid, capability)]
 
 
 def all_sources(
@@ -41,10 +43,10 @@ def all_sources(
     """
     grid = ChunkGrid.of(*shape)
     found: dict[KernelSource, None] = {}
-    counts = [*range(8, MOST_FUSED_TOKENS + 1, 8)]  # eight numbers of tokens are treated alike
-    for tile_end in range(MOST_FUSED_TOKENS + 128, 8 * MOST_FUSED_TOKENS + 1, 128):  # two kernels are left
-        counts += [tile_end - 120, tile_end]
-    for tokens in counts:
+    # Eight numbers of tokens are treated alike. Of more than these a few show whether the weight is staged or decoded.
+    for tokens in (*range(8, MOST_FUSED_TOKENS + 1, 8), *range(MOST_FUSED_TOKENS, 8 * MOST_FUSED_TOKENS + 1, 128)):
         plan = choose(grid, nnz, tokens, True, traits, ranges, tuned)
         found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
+    if any(each.file == STAGED_FILE for each in found):
+        found |= dict.fromkeys(staged_source(grid, tile, dtype) for tile in STAGED_TILES)
     return list(found)

@@ -1,7 +1,7 @@
 // y = x W^T + bias on Hopper for so many tokens that several tiles of y use each weight: it is decoded once, into a staging
 // buffer in global memory, by warps beside those that multiply, in the order in which it is wanted.
 //
-// One CTA an SM. A warp copies x and staged weights into a ring, two warpgroups multiply 128 tokens by 256 rows of W, three
+// One CTA an SM. A warp copies x and staged weights into a ring, two warpgroups multiply 128 rows of W by up to 256 tokens, three
 // warps decode. Whole rounds of tiles are dealt out evenly; where the last round has few, several CTAs share a tile along k,
 // and the last of them to arrive adds up their sums, in their order.
 //
@@ -11,11 +11,16 @@
 #include "common.cuh"
 #include "decode_scan.cuh"
 #include "layout.cuh"
+#include "lines.cuh"
 #include "sm90.cuh"
 #include "wgmma.cuh"
 
-constexpr int kRows = 256, kTileTokens = 128;  // of a tile: rows of W, and tokens
-constexpr int kRowTiles = kRows / 8;
+// Of a tile: rows of W, and tokens.
+#ifndef SPINFER_TILE_TOKENS
+#define SPINFER_TILE_TOKENS 256
+#endif
+constexpr int kRows = 128, kTileTokens = SPINFER_TILE_TOKENS, kTokenTiles = kTileTokens / 8;
+static_assert(kTileTokens % 16 == 0 && kTileTokens <= 256);
 constexpr int kConsumerWarps = 8, kDecoders = 3;
 constexpr int kConsumers = kConsumerWarps * 32, kThreads = kConsumers + 32 + kDecoders * 32;
 // consumers x registers + the others x registers <= threads x registers at launch, or the kernel would hang.
@@ -25,13 +30,12 @@ struct StagedArgs {
   const u8* weight;    // chunks
   const i32* offsets;  // of the first row block, in kOffsetUnit
   u8* staging;         // [panels][steps][kRows][128 bytes]: rows of 64 weights, swizzled as wgmma reads them
-  float4* partials;    // [shared tiles][shares][kRowTiles][kConsumers]
+  float4* partials;    // [shared tiles][shares][kTokenTiles][kConsumers]
   u32* counters;       // all zero between launches: tickets, warps that are through, 2 unused, [panels][chunks_k] decoded units,
                        // [shared tiles] arrivals
   u16* y;              // (tokens, y_stride)
   const u16* bias;     // [rows] or null
-  i64 y_stride;
-  i32 tokens, rows;
+  i32 y_stride, tokens, rows;
   i32 chunks_k, row_blocks;
   i32 steps;            // of 64 columns
   i32 panels;           // of kRows rows
@@ -47,14 +51,18 @@ struct StagedLaunchArgs {
 };
 
 constexpr u32 kXBytes = kTileTokens * 128, kWBytes = kRows * 128, kStageBytes = kXBytes + kWBytes;
-constexpr int kStages = 3, kBuffers = 3;
+constexpr int kBuffers = 3;
+constexpr u32 kBlockBytes = kBlockRows * 128, kDecodeBytes = kBuffers * kBlockBuffer + 2 * kBlockBytes;
+constexpr u32 kLinesAt = 256, kLineBytes = kLinesBytes / 2;  // the latter of one buffer of a warpgroup
+__device__ constexpr u32 decode_at(int buffers) { return kLinesAt + kConsumerWarps / 4 * buffers * kLineBytes; }
+__device__ constexpr u32 stage_at(int buffers) { return (decode_at(buffers) + kDecoders * kDecodeBytes + 1023) / 1024 * 1024; }
+__device__ constexpr int stages(int buffers) { return static_cast<int>((227 * 1024 - stage_at(buffers)) / kStageBytes); }
+// One where that makes room for a stage: with 3 of them 192 tokens take 9 % longer (28672 x 8192, an H200).
+constexpr int kLineBuffers = stages(1) > stages(2) ? 1 : 2, kStages = stages(kLineBuffers);
+constexpr u32 kDecodeAt = decode_at(kLineBuffers), kStageAt = stage_at(kLineBuffers);
 constexpr u32 kFilled = 0, kDrained = kFilled + 8 * kStages, kCopied = kDrained + 8 * kStages;
 constexpr u32 kLast = kCopied + 8 * kBuffers * kDecoders;
-constexpr u32 kStageAt = 1024;
-constexpr u32 kStoreAt = kStageAt + kStages * kStageBytes, kWarpStoreBytes = 16 * 128;  // of each consumer warp
-constexpr u32 kDecodeAt = kStoreAt + kConsumerWarps * kWarpStoreBytes;
-constexpr u32 kBlockBytes = kBlockRows * 128, kDecodeBytes = kBuffers * kBlockBuffer + 2 * kBlockBytes;
-static_assert(kLast + 4 <= kStageAt && kDecodeAt + kDecoders * kDecodeBytes <= 227 * 1024 && kBlockBuffer % 16 == 0);
+static_assert(kLast + 4 <= kLinesAt && kBlockBuffer % 16 == 0 && kStages >= 3);
 
 // A tile of y, and its steps that are this CTA's.
 struct Item {
@@ -304,14 +312,14 @@ __device__ __forceinline__ void produce(const StagedArgs& p, const TensorMap* ma
         }
         asm volatile("fence.proxy.async.global;" ::: "memory");
       }
-      const u32 filled = start + kFilled + 8 * stage, x = start + kStageAt + stage * kStageBytes;
+      const u32 filled = start + kFilled + 8 * stage, x = start + kStageAt + stage * kStageBytes, w = x + kXBytes;
       mbarrier_wait(start + kDrained + 8 * stage, parity);
       mbarrier_expect(filled, kStageBytes);
       asm volatile(
           "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(x),
           "l"(map), "r"(s * 64), "r"(item.token_tile * kTileTokens), "r"(filled)
           : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(x + kXBytes),
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(w),
                    "l"(from), "n"(kWBytes), "r"(filled)
                    : "memory");
       from += kWBytes;
@@ -320,12 +328,13 @@ __device__ __forceinline__ void produce(const StagedArgs& p, const TensorMap* ma
   }
 }
 
-// What one warp multiplies: 16 tokens of each tile.
+// What one warp multiplies: 16 rows of W of each tile.
 struct Multiplying {
   const StagedArgs& p;
   const u32 start;  // of shared memory
   const int warp, lane;
-  float acc[kRowTiles][4];
+  u32 turn = 0;  // where in its warpgroup's buffers the lines go that are written next
+  float acc[kTokenTiles][4];
 
   __device__ __forceinline__ Multiplying(const StagedArgs& p, const u32 start, int warp, int lane)
       : p(p), start(start), warp(warp), lane(lane) {}
@@ -344,30 +353,34 @@ struct Multiplying {
 #pragma unroll 1
       for (i32 s = item.begin; s < item.end; s++) {
         const u32 x = start + kStageAt + stage * kStageBytes;
-        const u64 a = wgmma_descriptor(x + (warp >> 2) * 64 * 128), b = wgmma_descriptor(x + kXBytes);
+        const u64 a = wgmma_descriptor(x + kXBytes + (warp >> 2) * 64 * 128), b = wgmma_descriptor(x);
         mbarrier_wait(start + kFilled + 8 * stage, parity);
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; k++) wgmma(acc, a + 2 * k, b + 2 * k, (s - item.begin) | k);
+        wgmma(acc, a, b, s - item.begin);
         wgmma_commit();
+        // With one product queued behind them the stage before is given back as soon as its own are through.
         wgmma_wait<1>();
         if (held >= 0) give_back(held);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 1; k < 4; k++) wgmma(acc, a + 2 * k, b + 2 * k, 1);
+        wgmma_commit();
         held = stage;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
       wgmma_wait<0>();
       give_back(held);
-      if (item.shared < 0 || add_up(item)) store(item.panel * kRows, item.token_tile * kTileTokens + warp * 16);
+      if (item.shared < 0 || add_up(item)) store(item.panel * kRows + (warp >> 2) * 64, item.token_tile * kTileTokens);
     }
   }
   // Adds up the shares of a tile in their order, in the CTA that arrives last; whether that is this one.
   __device__ __forceinline__ bool add_up(const Item& item) {
     auto at = [&](i32 share) {
-      return p.partials + (static_cast<i64>(item.shared) * p.shares + share) * kRowTiles * kConsumers + warp * 32 + lane;
+      return p.partials + (static_cast<i64>(item.shared) * p.shares + share) * kTokenTiles * kConsumers + warp * 32 + lane;
     };
     float4* mine = at(item.share);
 #pragma unroll
-    for (int n = 0; n < kRowTiles; n++) __stcg(mine + n * kConsumers, as_float4(acc[n]));
+    for (int n = 0; n < kTokenTiles; n++) __stcg(mine + n * kConsumers, as_float4(acc[n]));
     named_barrier<1>(kConsumers);
     if (threadIdx.x == 0) {
       sts_u32(start + kLast, arrives_last(ready_at(p, p.panels * p.chunks_k + item.shared), p.shares));
@@ -375,46 +388,31 @@ struct Multiplying {
     named_barrier<1>(kConsumers);
     if (!lds_u32(start + kLast)) return false;
 #pragma unroll
-    for (int n = 0; n < kRowTiles; n++)
+    for (int n = 0; n < kTokenTiles; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[n][e] = 0.f;
 #pragma unroll 1
     for (i32 share = 0; share < p.shares; share++) {
       const float4* from = at(share);
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n++) add(acc[n], __ldcg(from + n * kConsumers));
+      for (int n = 0; n < kTokenTiles; n++) add(acc[n], __ldcg(from + n * kConsumers));
     }
     return true;
   }
-  // Writes this warp's 16 tokens of the tile by way of shared memory, 64 rows of W at a time.
-  __device__ __forceinline__ void store(const i32 first_row, const i32 first_token) const {
-    const u32 tile = start + kStoreAt + warp * kWarpStoreBytes;
-    const int matrix = lane >> 3, row = lane & 7;
+  // Writes this warpgroup's 64 rows of the tile.
+  __device__ __forceinline__ void store(const i32 row, const i32 token) {
+    const Output out = {p.y, p.bias, p.y_stride, p.rows};
+    const u32 lines = start + kLinesAt + (warp >> 2) * kLineBuffers * kLineBytes;
+    const float2 bias[1] = {bias_of(out, row + (warp & 3) * 16, lane)};
 #pragma unroll
-    for (int part = 0; part < kRows / 64; part++) {
-#pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        u32 v[4];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const i32 m = first_row + part * 64 + (n + j) * 8 + (lane & 3) * 2;
-          const float b0 = p.bias && m < p.rows ? to_float(p.bias[m]) : 0.f, b1 = p.bias && m + 1 < p.rows ? to_float(p.bias[m + 1]) : 0.f;
-          const float(&c)[4] = acc[part * 8 + n + j];
-          v[2 * j] = static_cast<u32>(to_value(c[0] + b0)) | static_cast<u32>(to_value(c[1] + b1)) << 16;
-          v[2 * j + 1] = static_cast<u32>(to_value(c[2] + b0)) | static_cast<u32>(to_value(c[3] + b1)) << 16;
-        }
-        stmatrix_x4(tile + ((matrix & 1) * 8 + row) * 128 + ((n + (matrix >> 1)) ^ row) * 16, v);
+    for (int n = 0; n < kTokenTiles; n += 2) {
+      const float4 v[2] = {as_float4(acc[n]), as_float4(acc[n + 1])};
+      store_lines<1>(out, row, token + n * 8, p.tokens, v, bias, lines + turn, warp, lane);
+      if (kLineBuffers == 2) {
+        turn ^= kLineBytes;
+      } else {
+        group_barrier(warp);
       }
-      __syncwarp();
-#pragma unroll
-      for (int q = 0; q < 4; q++) {
-        const int t = q * 4 + (lane >> 3), unit = lane & 7;
-        const i32 token = first_token + t, m = first_row + part * 64 + unit * 8;
-        const uint4 v = lds_v4(tile + t * 128 + (unit ^ (t & 7)) * 16);
-        if (token >= p.tokens) continue;
-        store_eight(p.y + static_cast<i64>(token) * p.y_stride, v, m, p.rows);
-      }
-      __syncwarp();
     }
   }
 };

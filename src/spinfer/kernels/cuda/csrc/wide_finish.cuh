@@ -3,6 +3,7 @@
 #pragma once
 #include "common.cuh"
 #include "layout.cuh"
+#include "lines.cuh"
 #include "matmul.cuh"
 #include "sm90.cuh"
 
@@ -14,36 +15,8 @@ struct WarpPlace {
 // Whether the two warps along k that have sums of the same rows end a segment together, half of the tokens each.
 template <int kWarpsK>
 constexpr bool kHalves = kWarpsK == 2 && kTokens > 64;
-constexpr int kBarrierOfSums = 2, kBarrierOfGroup = 3;  // the latter of the first warpgroup, and so on
-constexpr u32 kLinesBytes = 4096;  // two buffers of a warpgroup
-// Writes 64 kEach rows x 16 / kEach tokens of y by way of shared memory. A warpgroup calls it; warp w of it has, for lane 4 g + t,
-// rows g, g, g + 8, g + 8 and tokens 2 t, 2 t + 1, likewise, of two fragments: of bands 2 w and 2 w + 1, or, with kEach 1, of band w
-// and of 8 tokens and the next 8. `buffer` alternates between two, so that one barrier is enough.
-template <int kEach>
-__device__ __forceinline__ void store_lines(const MatmulArgs& p, i32 row, i32 token, i32 end, const float4 (&v)[2],
-                                            const float2 (&bias)[kEach], u32 buffer, int warp, int lane) {
-  const int matrix = lane >> 3, in_matrix = lane & 7, in_group = warp & 3;
-  constexpr int kPieces = 8 * kEach;  // 16 bytes of a line
-  u32 words[4];
-#pragma unroll
-  for (int q = 0; q < 2; q++) {
-    const float2 b = bias[q % kEach];
-    words[2 * q] = static_cast<u32>(to_value(v[q].x + b.x)) | static_cast<u32>(to_value(v[q].y + b.x)) << 16;
-    words[2 * q + 1] = static_cast<u32>(to_value(v[q].z + b.y)) | static_cast<u32>(to_value(v[q].w + b.y)) << 16;
-  }
-  const int line = kEach == 2 ? in_matrix : matrix / 2 * 8 + in_matrix;
-  const int piece = kEach == 2 ? in_group * 4 + matrix : in_group * 2 + matrix % 2;
-  stmatrix_x4_transposed(buffer + (line * kPieces + (piece ^ in_matrix)) * 16, words);
-  asm volatile("bar.sync %0, 128;" ::"r"(kBarrierOfGroup + (warp >> 2)) : "memory");
-  const int place = in_group * 32 + lane, t = place / kPieces, at = place % kPieces;
-  const uint4 values = lds_v4(buffer + (t * kPieces + (at ^ (t & 7))) * 16);
-  if (token + t < end) store_eight(p.y + static_cast<i64>(token + t) * p.out_features, values, row + at * 8, p.out_features);
-}
-// Of rows g and g + 8 of a band.
-__device__ __forceinline__ float2 bias_of(const MatmulArgs& p, i32 band_row, int lane) {
-  const i32 m = band_row + (lane >> 2);
-  return {p.bias && m < p.out_features ? to_float(p.bias[m]) : 0.f, p.bias && m + 8 < p.out_features ? to_float(p.bias[m + 8]) : 0.f};
-}
+constexpr int kBarrierOfSums = 2;
+__device__ __forceinline__ Output output_of(const MatmulArgs& p) { return {p.y, p.bias, p.out_features, p.out_features}; }
 
 // Adds the partials of the other ranges, as if all were added in the order of the ranges; `mine` is this CTA's place among them.
 template <int kOwn, int kBandsAWarp>
@@ -88,13 +61,13 @@ __device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&ac
   const int band = warp % 4 * kBandsAWarp;
   float2 bias[kBandsAWarp];
 #pragma unroll
-  for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(p, row + (band + r) * 16, lane);
+  for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(output_of(p), row + (band + r) * 16, lane);
   constexpr int kStep = 2 / kBandsAWarp;
   static_assert(kOwn % kStep == 0);
 #pragma unroll
   for (int n = 0; n < kOwn; n += kStep) {
     const float4 v[2] = {as_float4(acc[0][n]), as_float4(kBandsAWarp == 2 ? acc[kBandsAWarp - 1][n] : acc[0][n + kStep - 1])};
-    store_lines<kBandsAWarp>(p, row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
+    store_lines<kBandsAWarp>(output_of(p), row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
   }
 }
 
@@ -232,7 +205,7 @@ __device__ __forceinline__ void finish_split(const MatmulArgs& p, const float (&
 #pragma unroll 1
   for (int i = warp / 4; i < kBands / 4 * kSteps; i += kWarps / 4) {
     const int group = i / kSteps * 4, band = group + warp % 4, n = first + i % kSteps * kAtOnce;
-    const float2 bias[1] = {bias_of(p, rows + band * 16, lane)};
+    const float2 bias[1] = {bias_of(output_of(p), rows + band * 16, lane)};
     // With an odd number of tiles the last of them is alone; what comes after it, or is there twice, lies beyond `end`.
     float4 v[kAtOnce];
 #pragma unroll
@@ -240,7 +213,7 @@ __device__ __forceinline__ void finish_split(const MatmulArgs& p, const float (&
 #pragma unroll
     for (int j = 0; j < kAtOnce; j += 2) {
       const float4 two[2] = {v[j], v[j + 1]};
-      store_lines<1>(p, rows + group * 16, token + (n + j) * 8, end, two, bias, buffer + turn, warp, lane);
+      store_lines<1>(output_of(p), rows + group * 16, token + (n + j) * 8, end, two, bias, buffer + turn, warp, lane);
       turn ^= kLinesBytes / 2;
     }
   }
