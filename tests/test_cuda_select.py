@@ -186,7 +186,7 @@ def test_groups_of_token_tiles_are_about_as_large(tokens: int) -> None:
         ((4096, 4096), 704, Staged),
         ((4096, 4096), 2048, Staged),
         ((6144, 4096), 512, Fused),
-        ((6144, 4096), 1024, Decoded),
+        ((6144, 4096), 900, Decoded),
         ((3072, 3072), 256, Fused),
         ((3072, 3072), 384, Decoded),
         ((3072, 3072), 2048, Decoded),

@@ -43,8 +43,8 @@ _LEAST_STAGED, MOST_FUSED_TOKENS = 513, 1024
 """Tokens from which staging may be faster than the fused kernels on Hopper, and up to which these may be."""
 
 _MORE_PASSES, _FUSED_MORE_US = 1.06, 10.0
-_STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 9.5e-4, 4.44e-5, 8.3, 0.045
-_STAGING_US, _TOGETHER = 2.31e-6, 3.9
+_STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 1.56e-3, 4.04e-5, 8.5, 0.051
+_STAGING_US, _TOGETHER = 2.4e-6, 5.2
 _DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.7e-6, 2.7e-9, 6.4, 32_000_000
 _LEAST_ROWS_DECODED = 1024
 """Of an H200 at 60 %, behind a kernel of 3 us; see _many_tokens."""
@@ -220,10 +220,10 @@ def _many_tokens(
     """The fastest of three ways for more tokens than one pass of csrc/matmul_wide_sm90.cu takes.
 
     Its passes decode the weight several times; staging decodes once, in its own time; decoding first, for cuBLAS, takes
-    as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 22 shapes of 4 to 235
-    million weights, 60 % zeros and 264 to 6,000 tokens on an H200: what they choose takes 1.2 % more than the fastest
-    on average, most of it where cuBLAS takes up to a third more than for about as many tokens (5120 x 5120 by 1,032).
-    From 33 million weights on decoding first gains nothing, 4 % at most.
+    as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 40 shapes of 4 to 470
+    million weights, 50 and 60 % zeros and 264 to 8,192 tokens on an H200: what they choose takes 0.8 % more than the
+    fastest on average, most of it where cuBLAS takes up to a third more than for about as many tokens (5120 x 5120 by
+    1,032). From 33 million weights on decoding first gains nothing, or little: 7 % at most.
     """
     staged_us = math.inf
     if tokens >= _LEAST_STAGED:

@@ -1,12 +1,7 @@
-// Writing y, whose rows are tokens, from sums whose rows are rows of W: in whole lines, by way of shared memory.
+// Writing y, whose rows are tokens, from sums whose rows are rows of W: in whole lines, by way of shared memory. Of a kernel's
+// arguments this needs y, bias, and what y_stride_of and rows_of say: values from one token to the next, and rows of W.
 #pragma once
 #include "common.cuh"
-
-struct Output {
-  u16* y;           // (tokens, stride)
-  const u16* bias;  // [rows] or null
-  i32 stride, rows;  // rows: of W
-};
 
 constexpr int kBarrierOfGroup = 3;  // of the first warpgroup; those of the others follow
 constexpr u32 kLinesBytes = 4096;   // two buffers of a warpgroup
@@ -18,8 +13,8 @@ __device__ __forceinline__ void group_barrier(int warp) {
 // Writes 64 kEach rows x 16 / kEach tokens of y. A warpgroup calls it; warp w of it has, for lane 4 g + t, rows g, g, g + 8, g + 8
 // and tokens 2 t, 2 t + 1, likewise, of two fragments: of bands 2 w and 2 w + 1, or, with kEach 1, of band w and of 8 tokens and the
 // next 8. `buffer` alternates between two, so that one barrier is enough.
-template <int kEach>
-__device__ __forceinline__ void store_lines(const Output& out, i32 row, i32 token, i32 end, const float4 (&v)[2],
+template <int kEach, class Args>
+__device__ __forceinline__ void store_lines(const Args& p, i32 row, i32 token, i32 end, const float4 (&v)[2],
                                             const float2 (&bias)[kEach], u32 buffer, int warp, int lane) {
   const int matrix = lane >> 3, in_matrix = lane & 7, in_group = warp & 3;
   constexpr int kPieces = 8 * kEach;  // 16 bytes of a line
@@ -36,10 +31,11 @@ __device__ __forceinline__ void store_lines(const Output& out, i32 row, i32 toke
   group_barrier(warp);
   const int place = in_group * 32 + lane, t = place / kPieces, at = place % kPieces;
   const uint4 values = lds_v4(buffer + (t * kPieces + (at ^ (t & 7))) * 16);
-  if (token + t < end) store_eight(out.y + static_cast<i64>(token + t) * out.stride, values, row + at * 8, out.rows);
+  if (token + t < end) store_eight(p.y + static_cast<i64>(token + t) * y_stride_of(p), values, row + at * 8, rows_of(p));
 }
 // Of rows g and g + 8 of a band.
-__device__ __forceinline__ float2 bias_of(const Output& out, i32 band_row, int lane) {
+template <class Args>
+__device__ __forceinline__ float2 bias_of(const Args& p, i32 band_row, int lane) {
   const i32 m = band_row + (lane >> 2);
-  return {out.bias && m < out.rows ? to_float(out.bias[m]) : 0.f, out.bias && m + 8 < out.rows ? to_float(out.bias[m + 8]) : 0.f};
+  return {p.bias && m < rows_of(p) ? to_float(p.bias[m]) : 0.f, p.bias && m + 8 < rows_of(p) ? to_float(p.bias[m + 8]) : 0.f};
 }

@@ -45,6 +45,8 @@ struct StagedArgs {
   i32 whole;            // tiles that one CTA computes
   i32 shares;           // CTAs of each of the others
 };
+__device__ __forceinline__ i32 y_stride_of(const StagedArgs& p) { return p.y_stride; }
+__device__ __forceinline__ i32 rows_of(const StagedArgs& p) { return p.rows; }
 struct StagedLaunchArgs {
   TensorMap x_map;
   StagedArgs staged;
@@ -401,13 +403,12 @@ struct Multiplying {
   }
   // Writes this warpgroup's 64 rows of the tile.
   __device__ __forceinline__ void store(const i32 row, const i32 token) {
-    const Output out = {p.y, p.bias, p.y_stride, p.rows};
     const u32 lines = start + kLinesAt + (warp >> 2) * kLineBuffers * kLineBytes;
-    const float2 bias[1] = {bias_of(out, row + (warp & 3) * 16, lane)};
+    const float2 bias[1] = {bias_of(p, row + (warp & 3) * 16, lane)};
 #pragma unroll
     for (int n = 0; n < kTokenTiles; n += 2) {
       const float4 v[2] = {as_float4(acc[n]), as_float4(acc[n + 1])};
-      store_lines<1>(out, row, token + n * 8, p.tokens, v, bias, lines + turn, warp, lane);
+      store_lines<1>(p, row, token + n * 8, p.tokens, v, bias, lines + turn, warp, lane);
       if (kLineBuffers == 2) {
         turn ^= kLineBytes;
       } else {

@@ -16,7 +16,8 @@ struct WarpPlace {
 template <int kWarpsK>
 constexpr bool kHalves = kWarpsK == 2 && kTokens > 64;
 constexpr int kBarrierOfSums = 2;
-__device__ __forceinline__ Output output_of(const MatmulArgs& p) { return {p.y, p.bias, p.out_features, p.out_features}; }
+__device__ __forceinline__ i32 y_stride_of(const MatmulArgs& p) { return p.out_features; }
+__device__ __forceinline__ i32 rows_of(const MatmulArgs& p) { return p.out_features; }
 
 // Adds the partials of the other ranges, as if all were added in the order of the ranges; `mine` is this CTA's place among them.
 template <int kOwn, int kBandsAWarp>
@@ -61,13 +62,13 @@ __device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&ac
   const int band = warp % 4 * kBandsAWarp;
   float2 bias[kBandsAWarp];
 #pragma unroll
-  for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(output_of(p), row + (band + r) * 16, lane);
+  for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(p, row + (band + r) * 16, lane);
   constexpr int kStep = 2 / kBandsAWarp;
   static_assert(kOwn % kStep == 0);
 #pragma unroll
   for (int n = 0; n < kOwn; n += kStep) {
     const float4 v[2] = {as_float4(acc[0][n]), as_float4(kBandsAWarp == 2 ? acc[kBandsAWarp - 1][n] : acc[0][n + kStep - 1])};
-    store_lines<kBandsAWarp>(output_of(p), row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
+    store_lines<kBandsAWarp>(p, row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
   }
 }
 
@@ -205,7 +206,7 @@ __device__ __forceinline__ void finish_split(const MatmulArgs& p, const float (&
 #pragma unroll 1
   for (int i = warp / 4; i < kBands / 4 * kSteps; i += kWarps / 4) {
     const int group = i / kSteps * 4, band = group + warp % 4, n = first + i % kSteps * kAtOnce;
-    const float2 bias[1] = {bias_of(output_of(p), rows + band * 16, lane)};
+    const float2 bias[1] = {bias_of(p, rows + band * 16, lane)};
     // With an odd number of tiles the last of them is alone; what comes after it, or is there twice, lies beyond `end`.
     float4 v[kAtOnce];
 #pragma unroll
@@ -213,7 +214,7 @@ __device__ __forceinline__ void finish_split(const MatmulArgs& p, const float (&
 #pragma unroll
     for (int j = 0; j < kAtOnce; j += 2) {
       const float4 two[2] = {v[j], v[j + 1]};
-      store_lines<1>(output_of(p), rows + group * 16, token + (n + j) * 8, end, two, bias, buffer + turn, warp, lane);
+      store_lines<1>(p, rows + group * 16, token + (n + j) * 8, end, two, bias, buffer + turn, warp, lane);
       turn ^= kLinesBytes / 2;
     }
   }
