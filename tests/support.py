@@ -8,6 +8,7 @@ from torch import Tensor
 from spinfer.format import TcaBmeTensor
 from spinfer.format.layout import BIT_PATTERN_DTYPES
 from spinfer.kernels import PackedWeight
+from spinfer.kernels.packed import WeightSpec
 from spinfer.kernels.reference import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,7 +62,7 @@ class ReversedBackend:
 
     def pack(self, weight: TcaBmeTensor) -> PackedWeight:
         parts = (weight.offsets.flip(0), ~weight.bitmap, weight.values.flip(0))
-        return PackedWeight(self.layout, parts, weight.shape, weight.nnz, weight.dtype)
+        return PackedWeight(WeightSpec(self.layout, weight.shape, weight.nnz, weight.dtype), parts)
 
     def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
         offsets, bitmap, values = packed.parts

@@ -12,7 +12,7 @@ import torch
 from spinfer import encode
 from spinfer.kernels.cuda import CudaBackend, backend
 from spinfer.kernels.cuda.layout import LAYOUT
-from spinfer.kernels.packed import PackedWeight
+from spinfer.kernels.packed import PackedWeight, WeightSpec
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_layers_that_are_alike_run_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(backend, "_run", run)
     for nnz in (4002, 3998):
-        weight = PackedWeight(LAYOUT, (torch.zeros(1), torch.zeros(1)), (100, 100), nnz, torch.float16)
+        weight = PackedWeight(WeightSpec(LAYOUT, (100, 100), nnz, torch.float16), (torch.zeros(1), torch.zeros(1)))
         for tokens in (1001, 1008):
             assert CudaBackend().linear(torch.zeros(tokens, 100), weight, None).shape == (tokens, 100)
     assert runs[0][:3] == ((100, 100), 4000, 1008)

@@ -19,7 +19,7 @@ from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.layout import LAYOUT, MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import Decoded
-from spinfer.kernels.packed import PackedWeight
+from spinfer.kernels.packed import PackedWeight, WeightSpec
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)
 ADA = DeviceTraits((8, 9), 128, 101376)
@@ -102,7 +102,7 @@ def weight(request: pytest.FixtureRequest, driver: Driver, monkeypatch: pytest.M
     chunks, offsets = torch.zeros(1 << 16, dtype=torch.uint8), torch.zeros(64, dtype=torch.int32)
     driver.weights[chunks.data_ptr()] = dense
     monkeypatch.setattr(passes, "RowDecoder", decoder(dense))
-    return PackedWeight(LAYOUT, (chunks, offsets), (M, K), round(0.4 * M * K), torch.float32)
+    return PackedWeight(WeightSpec(LAYOUT, (M, K), round(0.4 * M * K), torch.float32), (chunks, offsets))
 
 
 def decoder(dense: Tensor) -> Callable[..., Callable[..., None]]:

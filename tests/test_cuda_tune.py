@@ -18,7 +18,7 @@ from spinfer.kernels.cuda.configs import DeviceTraits
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import TUNED_TOKENS, Fused, alternatives, choose
 from spinfer.kernels.cuda.timing import Timing
-from spinfer.kernels.packed import PackedWeight
+from spinfer.kernels.packed import PackedWeight, WeightSpec
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)
 SHAPE = (4096, 4096)
@@ -173,8 +173,8 @@ def test_loading_measures_if_asked_to(
         monkeypatch.setenv("SPINFER_AUTOTUNE", setting)
     compiled: list[Any] = []
     monkeypatch.setattr(backend, "_compile_ahead", lambda *key: compiled.append(key))
-    weight = PackedWeight(LAYOUT, PARTS, SHAPE, KIND.nnz, torch.bfloat16)
+    weight = PackedWeight(WeightSpec(LAYOUT, SHAPE, KIND.nnz, torch.bfloat16), PARTS)
     monkeypatch.setattr(PackedWeight, "device", torch.device("cuda", 0))
     backend.CudaBackend().prepare(weight)
     assert bool(clock.measured) == measures
-    assert compiled == [(SHAPE, weight.rounded_nnz, torch.bfloat16, 0, 0)]
+    assert compiled == [(SHAPE, weight.spec.rounded_nnz, torch.bfloat16, 0, 0)]

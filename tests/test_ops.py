@@ -13,7 +13,7 @@ import spinfer
 from spinfer import kernels
 from spinfer.errors import SpinferError
 from spinfer.kernels import PackedWeight, tilewise
-from spinfer.kernels.packed import STORAGE_LAYOUT, as_packed
+from spinfer.kernels.packed import STORAGE_LAYOUT, WeightSpec, as_packed
 from support import DTYPES, EPS, ReversedBackend, relative_error, sparse
 
 TOKENS = (*range(18), 31, 32, 33, 64, 128)
@@ -137,9 +137,21 @@ class TestErrors:
             spinfer.linear(x, spinfer.encode(sparse(70, 90)), bias)
 
     def test_unknown_layout(self) -> None:
-        packed = dataclasses.replace(as_packed(spinfer.encode(sparse(8, 8))), layout="nobody's")
+        packed = as_packed(spinfer.encode(sparse(8, 8)))
+        packed = dataclasses.replace(packed, spec=dataclasses.replace(packed.spec, layout="nobody's"))
         with pytest.raises(SpinferError, match="nobody's"):
             spinfer.linear(torch.zeros(1, 8), packed)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_specs_survive_as_text(self, dtype: torch.dtype) -> None:
+        spec = as_packed(spinfer.encode(sparse(70, 90, dtype))).spec
+        assert WeightSpec.parse(spec.text) == spec
+
+    @pytest.mark.parametrize("text", ["", "tca_bme 8 8 3", "tca_bme 8 8 3 int8", "tca_bme 8 eight 3 float16"])
+    def test_what_describes_no_weight(self, text: str) -> None:
+        parts = as_packed(spinfer.encode(sparse(8, 8))).parts
+        with pytest.raises(SpinferError, match=r"spec\.text"):
+            torch.ops.spinfer.linear(torch.zeros(1, 8), parts, text, None)
 
     def test_pack_refuses_parts_that_disagree(self) -> None:
         weight = spinfer.encode(sparse(70, 90))
@@ -214,23 +226,25 @@ class TestTorchIntegration:
     def test_opcheck(self, shape: tuple[int, ...], with_bias: bool) -> None:
         packed = as_packed(spinfer.encode(sparse(70, 90, torch.float32)))
         bias = torch.randn(70, requires_grad=True) if with_bias else None
-        weight = (list(packed.parts), packed.layout, list(packed.shape), packed.nnz, packed.dtype)
+        weight = (list(packed.parts), packed.spec.text)
         torch.library.opcheck(torch.ops.spinfer.linear.default, (torch.randn(shape, requires_grad=True), *weight, bias))
         grad = torch.randn(*shape[:-1], 70, requires_grad=True)
         torch.library.opcheck(torch.ops.spinfer.linear_input_gradient.default, (grad, *weight))
 
+    @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-    def test_compile_with_a_dynamic_batch(self, dtype: torch.dtype) -> None:
+    def test_compile_with_a_dynamic_batch(self, dtype: torch.dtype, packed: bool) -> None:
         torch._dynamo.reset()
         encoded = spinfer.encode(sparse(70, 90, dtype))
+        weight = spinfer.pack(encoded) if packed else encoded
 
         @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
         def run(x: Tensor) -> Tensor:
-            return spinfer.linear(x * 2, encoded) + 1
+            return spinfer.linear(x * 2, weight) + 1
 
         for tokens in (2, 3, 7):
             x = torch.randn(tokens, 90).to(dtype)
-            torch.testing.assert_close(run(x), spinfer.linear(x * 2, encoded) + 1)
+            torch.testing.assert_close(run(x), spinfer.linear(x * 2, weight) + 1)
 
     def test_compile_gradient(self) -> None:
         torch._dynamo.reset()

@@ -402,7 +402,7 @@ def test_ranges_of_one_chunk(tokens: int) -> None:
     config_of = hopper_config if tokens <= 32 else wide_config
     config = config_of(grid, weight.nnz, tokens, traits, by_cost=True)
     assert config.ctas == len(starts) - 1
-    uneven = PackedWeight(weight.layout, (*weight.parts[:2], ranges), weight.shape, weight.nnz, weight.dtype)
+    uneven = PackedWeight(weight.spec, (*weight.parts[:2], ranges))
     x = torch.randn(tokens, 8192, device="cuda", dtype=torch.float16)
     first = fused(x, uneven, config)
     check(first, x, w)

@@ -110,7 +110,7 @@ class ShapeBench:
         copies = [packed]
         for _ in range(cold_copies(packed.nbytes) - 1):
             parts = tuple(part.clone() for part in packed.parts)
-            copies.append(PackedWeight(packed.layout, parts, packed.shape, packed.nnz, packed.dtype))
+            copies.append(PackedWeight(packed.spec, parts))
         return copies
 
     def measure(self, n: int) -> dict[str, Any]:

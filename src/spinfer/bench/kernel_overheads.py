@@ -52,7 +52,9 @@ def first_call(m: int = 4096, k: int = 4096) -> dict[str, float]:
 
 
 def launches() -> dict[str, float]:
-    """Microseconds of the host a call, on an idle device: our kernel, the backend, `spinfer.linear`, and torch.mm."""
+    """Microseconds of the host a call, on an idle device: our kernel, the backend, `spinfer.linear`, the op that
+    compiled code calls, and torch.mm.
+    """
     m, k = _SMALL
     dense = _weight(m, k)
     weight = pack(encode(dense))
@@ -65,11 +67,13 @@ def launches() -> dict[str, float]:
     run = FusedPass(grid, plan.passes[0], _DTYPE, x.device)
     with torch.inference_mode():
         inference = _host_us(functools.partial(linear, x, weight))
+        op = _host_us(functools.partial(torch.ops.spinfer.linear.default, x, weight.parts, weight.spec.text, None))
     return {
         "kernel_us": _host_us(lambda: run(x, 1, k, weight.parts, None, y)),
         "backend_us": _host_us(functools.partial(backend_of(weight.layout).linear, x, weight, None)),
         "linear_us": _host_us(functools.partial(linear, x, weight)),
         "linear_inference_mode_us": inference,
+        "op_inference_mode_us": op,
         "torch_mm_us": _host_us(functools.partial(torch.mm, x, dense.t())),
         "torch_mm_out_us": _host_us(functools.partial(torch.mm, x, dense.t(), out=y)),
     }

@@ -13,10 +13,60 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spinfer.errors import SpinferError
 from spinfer.format import TcaBmeTensor
 
 STORAGE_LAYOUT = "tca_bme"
 """The layout of FORMAT.md itself: parts are (values, bitmap, offsets)."""
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What there is to know of a packed weight beside its arrays.
+
+    Attributes:
+        layout: name of the backend's layout.
+        shape: (out_features, in_features).
+        nnz: nonzeros.
+        dtype: type of the values.
+    """
+
+    layout: str
+    shape: tuple[int, int]
+    nnz: int
+    dtype: torch.dtype
+
+    @property
+    def text(self) -> str:
+        """All of these in one string, as the op takes them."""
+        # torch.compile with dynamic=True has symbols for these numbers, of which it makes no text. Asked for a hash,
+        # which is the number itself, it takes the value.
+        rows, columns, nnz = hash(self.shape[0]), hash(self.shape[1]), hash(self.nnz)
+        return f"{self.layout} {rows} {columns} {nnz} {_DTYPE_NAMES[self.dtype]}"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> WeightSpec:
+        """The inverse of `text`; the same object for the same text.
+
+        Raises:
+            SpinferError: it is no such text.
+        """
+        try:
+            layout, out_features, in_features, nnz, dtype = text.split(" ")
+            return WeightSpec(layout, (int(out_features), int(in_features)), int(nnz), _DTYPES[dtype])
+        except (ValueError, KeyError):
+            raise SpinferError(f"{text!r} describes no packed weight; use the `spec.text` of one") from None
+
+    @functools.cached_property
+    def rounded_nnz(self) -> int:
+        """Nonzeros to the nearest percent of the weights. Kernels are chosen by it: layers that are alike agree."""
+        weights = self.shape[0] * self.shape[1]
+        return round(100 * self.nnz / weights) * weights // 100
+
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,29 +74,37 @@ class PackedWeight:
     """A weight in the layout that a backend's kernels read.
 
     Attributes:
-        layout: name of the backend's layout.
+        spec: what it is.
         parts: its arrays, as the backend defines them.
-        shape: (out_features, in_features).
-        nnz: nonzeros.
-        dtype: type of the values.
     """
 
-    layout: str
+    spec: WeightSpec
     parts: tuple[Tensor, ...]
-    shape: tuple[int, int]
-    nnz: int
-    dtype: torch.dtype
+
+    @property
+    def layout(self) -> str:
+        """Name of the backend's layout."""
+        return self.spec.layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.spec.shape
+
+    @property
+    def nnz(self) -> int:
+        """Nonzeros."""
+        return self.spec.nnz
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.spec.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the parts are."""
         return self.parts[0].device
-
-    @functools.cached_property
-    def rounded_nnz(self) -> int:
-        """Nonzeros to the nearest percent of the weights. Kernels are chosen by it: layers that are alike agree."""
-        weights = self.shape[0] * self.shape[1]
-        return round(100 * self.nnz / weights) * weights // 100
 
     @property
     def nbytes(self) -> int:
@@ -92,5 +150,5 @@ def tokens_and_stride(x: Tensor) -> tuple[int, int]:
 
 def as_packed(weight: TcaBmeTensor) -> PackedWeight:
     """The weight in its storage layout; shares memory."""
-    parts = (weight.values, weight.bitmap, weight.offsets)
-    return PackedWeight(STORAGE_LAYOUT, parts, weight.shape, weight.nnz, weight.dtype)
+    spec = WeightSpec(STORAGE_LAYOUT, weight.shape, weight.nnz, weight.dtype)
+    return PackedWeight(spec, (weight.values, weight.bitmap, weight.offsets))

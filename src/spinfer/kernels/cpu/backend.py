@@ -12,7 +12,7 @@ from spinfer.errors import SpinferError
 from spinfer.format import Geometry, TcaBmeTensor
 from spinfer.format.layout import OFFSET_UNIT
 from spinfer.kernels.cpu.library import CpuLibrary, load
-from spinfer.kernels.packed import PackedWeight, tokens_and_stride
+from spinfer.kernels.packed import PackedWeight, WeightSpec, tokens_and_stride
 
 CPU_LAYOUT = "cpu_panels"
 """Parts: values, 1-D, in the panels' order, with spare bytes at the end; masks, int32 [panels * column pairs * 2];
@@ -70,7 +70,7 @@ class CpuBackend:
             threads,
         )
         library.check(result, "this weight cannot be packed")
-        return PackedWeight(self.layout, (packed, masks, starts), shape, weight.nnz, weight.dtype)
+        return PackedWeight(WeightSpec(self.layout, shape, weight.nnz, weight.dtype), (packed, masks, starts))
 
     def unpack(self, packed: PackedWeight) -> TcaBmeTensor:
         """The inverse of `pack`, bit-exact."""

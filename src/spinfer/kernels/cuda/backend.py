@@ -14,7 +14,7 @@ from spinfer import env
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.select import choose
-from spinfer.kernels.packed import PackedWeight, tokens_and_stride
+from spinfer.kernels.packed import PackedWeight, WeightSpec, tokens_and_stride
 
 if TYPE_CHECKING:
     from spinfer.kernels.cuda.passes import Run
@@ -61,13 +61,13 @@ class CudaBackend:
         """Repack on the GPU, losslessly."""
         from spinfer.kernels.cuda.repack import pack_chunks
 
-        return PackedWeight(LAYOUT, pack_chunks(weight), weight.shape, weight.nnz, weight.dtype)
+        return PackedWeight(WeightSpec(LAYOUT, weight.shape, weight.nnz, weight.dtype), pack_chunks(weight))
 
     def prepare(self, packed: PackedWeight) -> None:
         """See `spinfer.kernels.prepare`."""
         from spinfer.kernels.cuda.tune import Kind, tune
 
-        key = (packed.shape, packed.rounded_nnz, packed.dtype, _range_count(packed.parts), packed.device.index)
+        key = (packed.shape, packed.spec.rounded_nnz, packed.dtype, _range_count(packed.parts), packed.device.index)
         if env.autotune() and tune(Kind.of(*key), packed.parts):
             _run.cache_clear()
         _compile_ahead(*key)
@@ -89,11 +89,9 @@ class CudaBackend:
             with torch.cuda.device(index):
                 return self.linear(x, packed, bias)
         tokens, stride = tokens_and_stride(x)
-        parts = packed.parts
-        run = _run(
-            packed.shape, packed.rounded_nnz, -(-tokens // 8) * 8, x.dtype, packed.dtype, index, _range_count(parts)
-        )
-        y = x.new_empty((*x.shape[:-1], packed.shape[0]))
+        spec, parts = packed.spec, packed.parts
+        run = _run(spec.shape, spec.rounded_nnz, -(-tokens // 8) * 8, x.dtype, spec.dtype, index, _range_count(parts))
+        y = x.new_empty((*x.shape[:-1], spec.shape[0]))
         run(x, tokens, stride, parts, bias, y)
         return y
 
