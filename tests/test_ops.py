@@ -13,7 +13,7 @@ import spinfer
 from spinfer import kernels
 from spinfer.errors import SpinferError
 from spinfer.kernels import PackedWeight, tilewise
-from spinfer.kernels.packed import STORAGE_LAYOUT, WeightSpec, as_packed
+from spinfer.kernels.packed import STORAGE_LAYOUT, as_packed
 from support import DTYPES, EPS, ReversedBackend, relative_error, sparse
 
 TOKENS = (*range(18), 31, 32, 33, 64, 128)
@@ -142,17 +142,6 @@ class TestErrors:
         with pytest.raises(SpinferError, match="nobody's"):
             spinfer.linear(torch.zeros(1, 8), packed)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_specs_survive_as_text(self, dtype: torch.dtype) -> None:
-        spec = as_packed(spinfer.encode(sparse(70, 90, dtype))).spec
-        assert WeightSpec.parse(spec.text) == spec
-
-    @pytest.mark.parametrize("text", ["", "tca_bme 8 8 3", "tca_bme 8 8 3 int8", "tca_bme 8 eight 3 float16"])
-    def test_what_describes_no_weight(self, text: str) -> None:
-        parts = as_packed(spinfer.encode(sparse(8, 8))).parts
-        with pytest.raises(SpinferError, match=r"spec\.text"):
-            torch.ops.spinfer.linear(torch.zeros(1, 8), parts, text, None)
-
     def test_pack_refuses_parts_that_disagree(self) -> None:
         weight = spinfer.encode(sparse(70, 90))
         with pytest.raises(SpinferError, match="nnz"):
@@ -226,7 +215,7 @@ class TestTorchIntegration:
     def test_opcheck(self, shape: tuple[int, ...], with_bias: bool) -> None:
         packed = as_packed(spinfer.encode(sparse(70, 90, torch.float32)))
         bias = torch.randn(70, requires_grad=True) if with_bias else None
-        weight = (list(packed.parts), packed.spec.text)
+        weight = (list(packed.parts), packed.layout, list(packed.shape), packed.nnz, packed.dtype)
         torch.library.opcheck(torch.ops.spinfer.linear.default, (torch.randn(shape, requires_grad=True), *weight, bias))
         grad = torch.randn(*shape[:-1], 70, requires_grad=True)
         torch.library.opcheck(torch.ops.spinfer.linear_input_gradient.default, (grad, *weight))

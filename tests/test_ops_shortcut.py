@@ -36,7 +36,8 @@ def shortcuts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def through_the_op(x: Tensor, packed: PackedWeight, bias: Tensor) -> Tensor:
-    return torch.ops.spinfer.linear(x, packed.parts, packed.spec.text, bias)
+    parts = (packed.parts, packed.layout, packed.shape, packed.nnz, packed.dtype)
+    return torch.ops.spinfer.linear(x, *parts, bias)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spinfer.errors import SpinferError
 from spinfer.format import TcaBmeTensor
 
 STORAGE_LAYOUT = "tca_bme"
@@ -36,37 +35,17 @@ class WeightSpec:
     nnz: int
     dtype: torch.dtype
 
-    @property
-    def text(self) -> str:
-        """All of these in one string, as the op takes them."""
-        # torch.compile with dynamic=True has symbols for these numbers, of which it makes no text. Asked for a hash,
-        # which is the number itself, it takes the value.
-        rows, columns, nnz = hash(self.shape[0]), hash(self.shape[1]), hash(self.nnz)
-        return f"{self.layout} {rows} {columns} {nnz} {_DTYPE_NAMES[self.dtype]}"
-
     @staticmethod
     @functools.lru_cache(maxsize=4096)
-    def parse(text: str) -> WeightSpec:
-        """The inverse of `text`; the same object for the same text.
-
-        Raises:
-            SpinferError: it is no such text.
-        """
-        try:
-            layout, out_features, in_features, nnz, dtype = text.split(" ")
-            return WeightSpec(layout, (int(out_features), int(in_features)), int(nnz), _DTYPES[dtype])
-        except (ValueError, KeyError):
-            raise SpinferError(f"{text!r} describes no packed weight; use the `spec.text` of one") from None
+    def known(layout: str, rows: int, columns: int, nnz: int, dtype: torch.dtype) -> WeightSpec:
+        """The same object for the same arguments: making one, and what depends on it, takes as long as a launch."""
+        return WeightSpec(layout, (rows, columns), nnz, dtype)
 
     @functools.cached_property
     def rounded_nnz(self) -> int:
         """Nonzeros to the nearest percent of the weights. Kernels are chosen by it: layers that are alike agree."""
         weights = self.shape[0] * self.shape[1]
         return round(100 * self.nnz / weights) * weights // 100
-
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)

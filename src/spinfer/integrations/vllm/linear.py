@@ -39,7 +39,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._shares: list[Share] = []
         self._dtype = torch.bfloat16
         self._weights: list[PackedWeight] = []
-        self._calls: tuple[tuple[tuple[str, ...], int, str], ...] = ()
+        self._calls: tuple[tuple[Any, ...], ...] = ()
         self._error: str | None = None
 
     def create_weights(
@@ -146,8 +146,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for name, part in zip(names, weight.parts, strict=True):
                 layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
             # Rounded, torch.compile makes one graph for layers that are alike.
-            spec = dataclasses.replace(weight.spec, nnz=weight.spec.rounded_nnz)
-            calls.append((names, weight.shape[0], spec.text))
+            calls.append((names, weight.layout, list(weight.shape), weight.spec.rounded_nnz, weight.dtype))
         self._calls = tuple(calls)
         self._weights.clear()
 
@@ -164,9 +163,9 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute y = x W^T + bias; x is (..., K), y (..., M) of x's dtype."""
         outputs, row = [], 0
-        for names, rows, spec in self._calls:
+        for names, layout, shape, nnz, dtype in self._calls:
             parts = [getattr(layer, name) for name in names]
-            part = bias if bias is None or len(self._calls) == 1 else bias[row : row + rows]
-            outputs.append(torch.ops.spinfer.linear(x, parts, spec, part))
-            row += rows
+            part = bias if bias is None or len(self._calls) == 1 else bias[row : row + shape[0]]
+            outputs.append(torch.ops.spinfer.linear(x, parts, layout, shape, nnz, dtype, part))
+            row += shape[0]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
