@@ -45,11 +45,14 @@ class Driver:
         self.launched: list[str] = []
 
     def load(self, source: KernelSource, name: str) -> Driver.Kernel:
-        return Driver.Kernel(self, source.file)
+        return Driver.Kernel(self, source)
 
     class Kernel:
-        def __init__(self, driver: Driver, file: str) -> None:
-            self._driver, self._file = driver, file
+        def __init__(self, driver: Driver, source: KernelSource) -> None:
+            self._driver, self._file = driver, source.file
+            defines = dict(source.defines)
+            copied = ("SPINFER_TILE_TOKENS", "SPINFER_COPY_TOKENS", "SPINFER_TOKENS")
+            self._copied_tokens = next((defines[each] for each in copied if each in defines), None)
 
         def launch(self, index: int | None, shape: runtime.LaunchShape, stream: int, arguments: bytes) -> None:
             self._driver.launched.append(self._file)
@@ -66,8 +69,9 @@ class Driver:
                 )
             if tensor_map is not None:
                 assert x is None or tensor_map[:4] == (x, tokens, in_features, x_stride)
-                x, tokens_of_map, in_features, x_stride, _ = tensor_map
+                x, tokens_of_map, in_features, x_stride, box = tensor_map
                 assert tokens_of_map == tokens
+                assert box == self._copied_tokens, "the kernel waits for as many bytes as a box has"
             assert x is not None
             assert x % 16 == x_stride * 2 % 16 == 0
             rows_of_x = array(x, (tokens - 1) * x_stride + in_features)
