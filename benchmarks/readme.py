@@ -39,7 +39,7 @@ VLLM = {
     "h200": [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b", "_qwen2.5_32b")],
 }
 VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
-VLLM_CPU = [directory / "vllm.json" for directory in (*reversed(CPUS), RESULTS / "cpu" / "xeon-emerald-rapids-2-cores")]
+VLLM_CPU = sorted((RESULTS / "cpu").glob("*/vllm.json"))
 VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
 CHOICES = RESULTS / "h200" / "choices.json"
 GENERATE = RESULTS / "h200" / "generate.json"

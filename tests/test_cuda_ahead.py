@@ -13,10 +13,10 @@ import torch
 from conftest import Nvrtc
 from spinfer.kernels.cuda.ahead import BackgroundCompiler
 from spinfer.kernels.cuda.compile import CompileError, KernelSource, cubin, is_cached
-from spinfer.kernels.cuda.configs import DeviceTraits, range_count
+from spinfer.kernels.cuda.configs import STAGED_TILES, DeviceTraits, range_count
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.matmul import STAGED_FILE
-from spinfer.kernels.cuda.select import choose
+from spinfer.kernels.cuda.matmul import staged_source
+from spinfer.kernels.cuda.select import Staged, choose
 from spinfer.kernels.cuda.sources import all_sources, sources_of
 
 HOPPER = DeviceTraits((9, 0), 132, 232448)
@@ -38,11 +38,10 @@ def test_no_number_of_tokens_needs_another_kernel(
     for tokens in (*range(1, 1200), *range(1200, 9000, 40), 65536):
         plan = choose(grid, nnz, tokens, True, traits, ranges)
         needed.update(sources_of(grid, plan, torch.bfloat16, traits.capability))
-    staged = {source for source in needed if source.file == STAGED_FILE}
-    assert needed <= set(known)
-    assert not staged or {source.file for source in set(known) - needed} <= {STAGED_FILE}, "tiles of other tokens"
-    assert staged or set(known) == needed
-    assert len(known) == len(set(known))
+        if isinstance(plan, Staged):  # then tiles of any width are at hand
+            needed.update(staged_source(grid, tile, torch.bfloat16) for tile in STAGED_TILES)
+    assert set(known) == needed
+    assert len(known) == len(needed)
 
 
 def four_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

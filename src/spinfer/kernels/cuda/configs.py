@@ -76,19 +76,19 @@ class DeviceTraits:
 
 
 @dataclass(frozen=True)
-class HopperConfig:
-    """One pass of csrc/matmul_sm90.cu.
+class RingConfig:
+    """What both of Hopper's kernels have that copy chunks into a ring in shared memory.
 
     Attributes:
-        tokens: columns of the pass, a compile-time constant.
+        tokens: columns of a pass over the weight, a compile-time constant.
         split: CTAs of a cluster, which share row blocks along k; 1 for ranges of chunks that CTAs share by chance.
         by_cost: whether ranges are those made when the weight was packed; else they are equally long.
         ctas: how many.
-        boxes: chunks whose columns of x may be in shared memory: 2, 4 or 8 (kSlots of csrc/sm90.cuh).
+        boxes: places for x in shared memory.
         ring_at: where the weight is in shared memory, in bytes.
         ring_nbytes: how much of it.
         shared_nbytes: shared memory in all.
-        in_flight: copies outstanding at a time.
+        in_flight: copies of the weight outstanding at a time.
     """
 
     tokens: int
@@ -103,40 +103,30 @@ class HopperConfig:
 
 
 @dataclass(frozen=True)
-class WideConfig:
+class HopperConfig(RingConfig):
+    """One pass of csrc/matmul_sm90.cu. A box is of a chunk's columns of x; there are 2, 4 or 8 (kSlots of sm90.cuh)."""
+
+
+@dataclass(frozen=True)
+class WideConfig(RingConfig):
     """csrc/matmul_wide_sm90.cu: all passes over the weight in one launch.
 
+    A box is of 64 columns of x; there are a multiple of the warps along k, and two for each at least. A split is of one
+    row block for each pair.
+
     Attributes:
-        tokens: columns of a pass, a compile-time constant.
-        copy_tokens: columns of a copy of x, likewise; those that no token is in are left out.
+        copy_tokens: columns of a copy of x, a compile-time constant; those that no token is in are left out.
         warps: that multiply, likewise.
         bands: of 16 rows that each of them takes, likewise.
-        split: CTAs of a cluster that share a row block along k; 1 for ranges of consecutive chunks.
         twins: CTAs of a cluster that take row blocks one above the other and share the copies of x.
-        by_cost: as of `HopperConfig`.
         passes: over the weight.
-        ctas: how many.
-        boxes: blocks of 64 columns of x likewise; a multiple of the warps along k, and two for each at least.
-        ring_at: where the weight is in shared memory, in bytes.
-        ring_nbytes: how much of it.
-        shared_nbytes: shared memory in all.
-        in_flight: copies outstanding at a time.
     """
 
-    tokens: int
     copy_tokens: int
     warps: int
     bands: int
-    split: int
     twins: int
-    by_cost: bool
     passes: int
-    ctas: int
-    boxes: int
-    ring_at: int
-    ring_nbytes: int
-    shared_nbytes: int
-    in_flight: int
 
 
 @dataclass(frozen=True)

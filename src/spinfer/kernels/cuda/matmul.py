@@ -20,7 +20,6 @@ _STAGED_CALL = struct.Struct("7Q2i")
 _STAGED_CONSTANTS = struct.Struct("10i")
 """StagedArgs of csrc/matmul_staged_sm90.cu, likewise."""
 
-STAGED_FILE = "matmul_staged_sm90.cu"
 _NARROW_WARPS, _PORTABLE_WARPS, _PRODUCER_WARPS = 16, 8, 4
 _STAGED_THREADS, _STAGED_SHARED_NBYTES = 384, 227 * 1024
 
@@ -222,4 +221,4 @@ def staged_source(grid: ChunkGrid, tile: int, dtype: torch.dtype) -> KernelSourc
         "SPINFER_BLOCKS_M": grid.blocks_m,
         "SPINFER_TILE_TOKENS": tile,
     }
-    return KernelSource(STAGED_FILE, "sm_90a", tuple(defines.items()))
+    return KernelSource("matmul_staged_sm90.cu", "sm_90a", tuple(defines.items()))

@@ -200,11 +200,6 @@ def staged_tiles(tokens: int) -> list[int]:
     return list(dict.fromkeys(tiles))
 
 
-def _staged_tile(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> int:
-    """The fastest of these."""
-    return min(staged_tiles(tokens), key=lambda tile: _staged_us(grid, tokens, tile, traits))
-
-
 def _decoded_us(grid: ChunkGrid, tokens: int) -> float:
     weights = grid.out_features * grid.in_features
     # cuBLAS takes up to 2.7 times as long as the others for 300 x 5000, whose rows of y are not aligned.
@@ -225,9 +220,8 @@ def _many_tokens(
     fastest on average, most of it where cuBLAS takes up to a third more than for about as many tokens (5120 x 5120 by
     1,032). From 33 million weights on decoding first gains nothing, or little: 7 % at most.
     """
-    staged_us = math.inf
-    if tokens >= _LEAST_STAGED:
-        staged_us = _staged_us(grid, tokens, _staged_tile(grid, tokens, traits), traits)
+    tiles = staged_tiles(tokens) if tokens >= _LEAST_STAGED else []
+    staged_us = min((_staged_us(grid, tokens, tile, traits) for tile in tiles), default=math.inf)
     decoded_us = _decoded_us(grid, tokens)
     if tokens <= MOST_FUSED_TOKENS:
         wide = wide_choice(grid, nnz, tokens, traits, by_cost)
@@ -279,7 +273,7 @@ def _portable(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Fused:
 def _staged(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Staged:
     row_nbytes, blocks_a_panel = grid.chunk_rows * grid.in_features * 2, PANEL_ROWS // grid.chunk_rows
     step = max(1, _WORKSPACE_NBYTES // (row_nbytes * blocks_a_panel)) * blocks_a_panel
-    tile = _staged_tile(grid, tokens, traits)
+    tile = min(staged_tiles(tokens), key=lambda tile: _staged_us(grid, tokens, tile, traits))
     return Staged(
         tuple(
             staged_config(grid, first, min(step, grid.row_blocks - first), tokens, traits, tile=tile)

@@ -10,7 +10,7 @@ from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.configs import STAGED_TILES, DeviceTraits
 from spinfer.kernels.cuda.dense import dense_source
 from spinfer.kernels.cuda.layout import ChunkGrid
-from spinfer.kernels.cuda.matmul import STAGED_FILE, source, staged_source
+from spinfer.kernels.cuda.matmul import source, staged_source
 from spinfer.kernels.cuda.select import MOST_FUSED_TOKENS, NOT_TUNED, Fused, Plan, Staged, choose
 
 
@@ -43,10 +43,11 @@ def all_sources(
     """
     grid = ChunkGrid.of(*shape)
     found: dict[KernelSource, None] = {}
-    # Eight numbers of tokens are treated alike. Of more than these a few show whether the weight is staged or decoded.
-    for tokens in (*range(8, MOST_FUSED_TOKENS + 1, 8), *range(MOST_FUSED_TOKENS, 8 * MOST_FUSED_TOKENS + 1, 128)):
-        plan = choose(grid, nnz, tokens, True, traits, ranges, tuned)
+    # Eight numbers of tokens are treated alike. Of larger ones a few show whether the weight is staged or decoded.
+    counts = (*range(8, MOST_FUSED_TOKENS, 8), *range(MOST_FUSED_TOKENS, 8 * MOST_FUSED_TOKENS + 1, 128))
+    plans = [choose(grid, nnz, tokens, True, traits, ranges, tuned) for tokens in counts]
+    for plan in plans:
         found |= dict.fromkeys(sources_of(grid, plan, dtype, traits.capability))
-    if any(each.file == STAGED_FILE for each in found):
+    if any(isinstance(plan, Staged) for plan in plans):
         found |= dict.fromkeys(staged_source(grid, tile, dtype) for tile in STAGED_TILES)
     return list(found)
