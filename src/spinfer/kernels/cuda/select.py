@@ -55,7 +55,7 @@ _MOST_PORTABLE = 64
 _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
 
-_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 5.6
+_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.324e-6, 0.00188e-6, 4.5, 5.6
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US, _COPIES_IDLE = 3.0e6, 4.0e6, 0.7

@@ -144,12 +144,12 @@ struct Decoding {
   u32 header = 0, next_header = 0;
   u32 end = 0, next_end = 0;  // where the chunk's values end
   i32 offset = 0, offset_end = 0;  // of the next unit's chunk
-  TileOpener<2> opener;
+  TileOpener<2, true> opener;
   OpenTiles<2> open;
   u32 raw[2][8];
 
   __device__ __forceinline__ Decoding(const StagedArgs& p, const u32 buffers, const u32 copied, int lane)
-      : p(p), buffers(buffers), copied(copied), lane(lane) {}
+      : p(p), buffers(buffers), copied(copied), lane(lane), opener(lane) {}
   __device__ __forceinline__ void take_ticket() {
     // Not atomicAdd: the compiler would have all lanes wait for it at once.
     if (lane == 0) asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(ticket) : "l"(p.counters) : "memory");

@@ -118,7 +118,7 @@ struct Consumer {
   u32 a[2][kBandsAWarp][4];  // fragments of two steps: one being multiplied, one being decoded
   u32 raw[kBandsAWarp][8];   // of the next step: two values for each pair, whether there or not
   OpenTiles<kBandsAWarp> block;
-  TileOpener<kBandsAWarp> next;
+  TileOpener<kBandsAWarp, kConsumerWarps == 8> next;
   int slot = 0;
   u32 parity = 0;
   int box, box_parity = 0;
@@ -132,6 +132,7 @@ struct Consumer {
         warp_m(warp % kWarpsM),
         warp_k(warp / kWarpsM),
         tile(warp % 2),
+        next(lane),
         box(warp / kWarpsM) {
     clear(acc);
   }
@@ -206,17 +207,17 @@ struct Consumer {
         load_next(b + 1 < kBlocksAWarp ? chunk : note.next_chunk, block_at((b + 1) % kBlocksAWarp), there);
         wgmma_wait<1>();  // all of the block before
         give_back();
-        multiply(descriptor, 1);
-        block.gather(raw, 2);
         next.scan<1>();
         next.scan<2>();
+        multiply(descriptor, 1);
+        block.gather(raw, 2);
         next.scan<4>();
+        next.scan<8>();
         multiply(descriptor, 2);
         block.gather(raw, 3);
-        next.scan<8>();
         next.scan<16>();
-        multiply(descriptor, 3);
         next.finish();
+        multiply(descriptor, 3);
         block = next.tiles;
         block.gather(raw, 0);
         box_held = start + kBoxEmpty + 8 * box;
