@@ -42,7 +42,8 @@ tokens 4096 x 14336 takes 57 us instead of 77; 2048 x 4096, with 1.9 a CTA, 16.6
 _LEAST_STAGED, MOST_FUSED_TOKENS = 513, 1024
 """Tokens from which staging may be faster than the fused kernels on Hopper, and up to which these may be."""
 
-_MORE_PASSES, _FUSED_MORE_US = 1.06, 10.0
+_PASS_US, _PASS_US_A_NONZERO, _PASS_US_A_TOKEN = 0.05e-6, 0.6e-6, 0.0021e-6
+_LATER_TWIN_PASS, _FUSED_MORE_US = 0.05, 10.0
 _STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 1.56e-3, 4.04e-5, 8.5, 0.051
 _STAGING_US, _TOGETHER = 2.4e-6, 5.2
 _DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.7e-6, 2.7e-9, 6.4, 32_000_000
@@ -55,7 +56,7 @@ _MOST_PORTABLE = 64
 _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
 
-_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.324e-6, 0.00188e-6, 4.5, 5.6
+_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 5.6
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US, _COPIES_IDLE = 3.0e6, 4.0e6, 0.7
@@ -174,10 +175,12 @@ def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
     return grid.blocks_m == 2 and tokens > MANY and enough
 
 
-def _fused_us(grid: ChunkGrid, config: WideConfig) -> float:
+def _fused_us(grid: ChunkGrid, nnz: int, config: WideConfig) -> float:
     weights = grid.out_features * grid.in_features
-    each = _WIDE_US + _WIDE_US_A_TOKEN * config.tokens
-    return weights * config.passes * each * (_MORE_PASSES if config.passes > 1 else 1) + _FUSED_MORE_US
+    each = weights * (_PASS_US + _PASS_US_A_TOKEN * config.tokens) + nnz * _PASS_US_A_NONZERO
+    # 4096 x 14336 by 768 takes 177 us by twins, three passes, and 86 in two of 192 tokens; staged 156.
+    slower = 1 + _LATER_TWIN_PASS * max(0, config.passes - 2) if config.twins > 1 else 1
+    return config.passes * each * slower + _FUSED_MORE_US
 
 
 def _staged_us(grid: ChunkGrid, tokens: int, tile: int, traits: DeviceTraits) -> float:
@@ -215,17 +218,17 @@ def _many_tokens(
     """The fastest of three ways for more tokens than one pass of csrc/matmul_wide_sm90.cu takes.
 
     Its passes decode the weight several times; staging decodes once, in its own time; decoding first, for cuBLAS, takes
-    as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 40 shapes of 4 to 470
-    million weights, 50 and 60 % zeros and 264 to 8,192 tokens on an H200: what they choose takes 0.8 % more than the
+    as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 32 shapes of 4 to 470
+    million weights, 50 and 60 % zeros and 384 to 8,192 tokens on an H200: what they choose takes 0.4 % more than the
     fastest on average, most of it where cuBLAS takes up to a third more than for about as many tokens (5120 x 5120 by
-    1,032). From 33 million weights on decoding first gains nothing, or little: 7 % at most.
+    1,032). From 33 million weights on decoding first gains nothing, or little: 10 % at most.
     """
     tiles = staged_tiles(tokens) if tokens >= _LEAST_STAGED else []
     staged_us = min((_staged_us(grid, tokens, tile, traits) for tile in tiles), default=math.inf)
     decoded_us = _decoded_us(grid, tokens)
     if tokens <= MOST_FUSED_TOKENS:
         wide = wide_choice(grid, nnz, tokens, traits, by_cost)
-        if _fused_us(grid, wide) <= min(staged_us, decoded_us):
+        if _fused_us(grid, nnz, wide) <= min(staged_us, decoded_us):
             return Fused(tokens, (wide,))
     return _staged(grid, tokens, traits) if staged_us <= decoded_us else _decoded(grid)
 
