@@ -287,11 +287,22 @@ def test_warps_along_k_share_boxes_of_x_evenly(rows: int, density: float, tokens
         ((28672, 8192), 1),
         ((1024, 4096), 1),
         ((4096, 512), 1),
+        ((14336, 4096), 1),
+        ((15360, 5120), 1),
     ],
 )
 def test_pairs_share_row_blocks_where_enough_are_busy(shape: tuple[int, int], split: int) -> None:
     grid = ChunkGrid.of(*shape)
     assert narrow_choice(grid, nnz_at_60_percent(shape), 1, H100).split == split
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "split"), [((4096, 14336), 24, 2), ((4096, 14336), 32, 1), ((4096, 4096), 32, 2)]
+)
+def test_pairs_do_not_cost_a_large_weight_its_fourth_chunk(shape: tuple[int, int], tokens: int, split: int) -> None:
+    """As measured on an H200 at 50 %."""
+    grid = ChunkGrid.of(*shape)
+    assert narrow_choice(grid, shape[0] * shape[1] // 2, tokens, H100).split == split
 
 
 @pytest.mark.parametrize(

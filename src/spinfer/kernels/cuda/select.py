@@ -59,9 +59,9 @@ _WORKSPACE_NBYTES = 512 << 20
 _WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 5.6
 """Of an H200; see _wide_split_pays."""
 
-_BYTES_A_US, _WEIGHTS_A_US, _COPIES_IDLE = 3.0e6, 4.0e6, 0.7
-_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _LARGE_US = 2.4, 0.45, 100.0
-"""What all CTAs copy and decode; see _split_pays and narrow_choice."""
+_BYTES_A_US, _WEIGHTS_A_US, _LARGE_NBYTES = 4.2e6, 4.0e6, 300e6
+_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _CHUNKS_WANTED, _FEW_CHUNKS_COST = 2.6, 0.45, 4, 0.15
+"""What all CTAs copy and decode on an H200; see _split_pays and narrow_choice."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def narrow_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, 
         by_cost: whether the weight has ranges by cost.
     """
     # From 17 tokens on only the kernel without pairs has wgmma, which the largest matrices gain more from.
-    large = tokens > 16 and _copies_us(grid, nnz) >= _LARGE_US
-    split = 1 if by_cost or large or not _split_pays(grid, nnz, traits) else 2
+    large = tokens > 16 and _nbytes(grid, nnz) >= _LARGE_NBYTES
+    split = 1 if by_cost or large or not _split_pays(grid, nnz, tokens, traits) else 2
     return hopper_config(grid, nnz, tokens, traits, split=split, by_cost=by_cost)
 
 
@@ -122,27 +122,30 @@ def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, b
     return narrow.split == 2 and busy and narrow.ring_nbytes >= _NARROW_LEAST_CHUNKS * grid.mean_chunk_nbytes(nnz)
 
 
-def _copies_us(grid: ChunkGrid, nnz: int) -> float:
-    """What reading the weight takes on an H100."""
-    return grid.chunks * grid.mean_chunk_nbytes(nnz) / _BYTES_A_US
+def _nbytes(grid: ChunkGrid, nnz: int) -> int:
+    return grid.chunks * grid.mean_chunk_nbytes(nnz)
 
 
-def _split_pays(grid: ChunkGrid, nnz: int, traits: DeviceTraits) -> bool:
+def _split_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs that share row blocks are faster than ranges of chunks.
 
-    A pair saves 2.4 us of adding up (H100). Where row blocks do not go round evenly, the time of decoding grows with
-    the inverse of the share of busy CTAs, that of the copies less, with a power of it (28.2 us instead of 23.4 with
-    half of them idle). Fitted to 32 shapes, 50 to 70 % zeros and up to 32 tokens on an H200: what this chooses takes
-    0.2 % more than the faster of the two on average, at most 13 % (3072 x 8192 at 50 % and 32 tokens).
+    A pair with one row block saves 2.6 us of adding up, with two half of that. Where row blocks do not go round evenly,
+    copies and decoding take longer by the share of idle CTAs; and copies do where the room in which pairs exchange
+    their sums is what the fourth chunk in the ring lacks (4096 x 14336 at 50 % and 32 tokens: 31.8 us instead of 28.6).
+    Fitted to 32 shapes, 50 and 60 % zeros and up to 32 tokens on an H200, 224 cases: what this chooses takes at most
+    1.6 % more than the faster of the two.
     """
     clusters = traits.sm_count // 2
     if grid.chunks_k < 2 or clusters == 0:
         return False
     rounds = -(-grid.row_blocks // clusters)
     busy: float = grid.row_blocks / (rounds * clusters)
-    copies, decoding = _copies_us(grid, nnz), grid.out_features * grid.in_features / _WEIGHTS_A_US
-    lost = max(copies / busy**_COPIES_IDLE, decoding / busy) - max(copies, decoding)
-    return busy >= _SPLIT_LEAST_BUSY and lost < _SPLIT_SAVES_US
+    copies, decoding = _nbytes(grid, nnz) / _BYTES_A_US, grid.out_features * grid.in_features / _WEIGHTS_A_US
+    lost = max(copies, decoding) * (1 / busy - 1)
+    single, pair = (hopper_config(grid, nnz, tokens, traits, split=split).ring_nbytes for split in (1, 2))
+    if pair < _CHUNKS_WANTED * grid.mean_chunk_nbytes(nnz) <= single:
+        lost += _FEW_CHUNKS_COST * copies
+    return busy >= _SPLIT_LEAST_BUSY and lost < _SPLIT_SAVES_US / rounds
 
 
 def wide_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by_cost: bool = False) -> WideConfig:
