@@ -56,7 +56,8 @@ _MOST_PORTABLE = 64
 _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
 
-_WIDE_US, _WIDE_US_A_TOKEN, _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US = 0.31e-6, 0.0021e-6, 4.5, 5.6
+_WIDE_US, _WIDE_US_A_TOKEN = 0.31e-6, 0.0021e-6
+_FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US_A_TOKEN = 4.5, 3.0, 0.02
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US, _LARGE_NBYTES = 4.2e6, 4.0e6, 300e6
@@ -160,15 +161,16 @@ def wide_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by
 def _wide_split_pays(grid: ChunkGrid, tile: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs, a row block each, are faster than ranges of chunks.
 
-    Measured on an H200 at 60 %, where a weight takes _WIDE_US and for each token _WIDE_US_A_TOKEN: 64 row blocks for 66
-    pairs are 1 to 6 % faster from 96 tokens on and 4 to 12 % at 64; 56 with 5120 columns 5 to 11 % up to 256, with 7168
-    columns 3 % at 64 and as fast beyond, as are 48; 40 (5120 x 5120) are 7 to 9 % slower from 96 on.
+    Fitted to 32 shapes, 50 and 60 % zeros and 48 to 256 tokens on an H200, where a weight takes _WIDE_US and for each
+    token _WIDE_US_A_TOKEN: what this chooses takes 0.1 % more than the faster of the two on average. 64 row blocks for
+    66 pairs are up to 19 % faster, 40 (5120 x 5120) 2 to 13 % slower.
     """
     pairs = traits.sm_count // 2
     if grid.chunks_k < 2 or grid.row_blocks > pairs:
         return False
     us = grid.out_features * grid.in_features * (_WIDE_US + _WIDE_US_A_TOKEN * tile)
-    return us * (pairs / grid.row_blocks - 1) < (_FEW_SPLIT_SAVES_US if tile <= FEW else _MANY_SPLIT_SAVES_US)
+    saves = _FEW_SPLIT_SAVES_US if tile <= FEW else _MANY_SPLIT_SAVES_US + _MANY_SPLIT_SAVES_US_A_TOKEN * tile
+    return us * (pairs / grid.row_blocks - 1) < saves
 
 
 def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
