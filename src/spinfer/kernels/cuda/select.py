@@ -48,7 +48,7 @@ _STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_T
 _STAGING_US, _TOGETHER = 2.4e-6, 5.2
 _DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.7e-6, 2.7e-9, 6.4, 32_000_000
 _LEAST_ROWS_DECODED = 1024
-"""Of an H200 at 60 %, behind a kernel of 3 us; see _many_tokens."""
+"""Of an H200 at 50 and 60 %, behind a kernel of 3 us; see _many_tokens."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -184,7 +184,7 @@ def _fused_us(grid: ChunkGrid, nnz: int, config: WideConfig) -> float:
     weights = grid.out_features * grid.in_features
     each = weights * (_PASS_US + _PASS_US_A_TOKEN * config.tokens) + nnz * _PASS_US_A_NONZERO
     # 4096 x 14336 by 768 takes 177 us by twins, three passes, and 86 in two of 192 tokens; staged 156.
-    slower = 1 + _LATER_TWIN_PASS * max(0, config.passes - 2) if config.twins > 1 else 1
+    slower = 1 + _LATER_TWIN_PASS * (config.passes - 2) if config.twins > 1 else 1
     return config.passes * each * slower + _FUSED_MORE_US
 
 

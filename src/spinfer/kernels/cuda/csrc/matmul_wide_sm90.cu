@@ -4,7 +4,7 @@
 // wgmma for each multiplies them with a box of x: 64 columns, in a ring of its own. Where more than one warpgroup is left for
 // the columns of a chunk, they take turns with the boxes.
 //
-// The prefix sums of a block are made in stages, behind the wgmmas of each step of the block before.
+// The prefix sums of a block are made in stages, behind the wgmmas of the first three steps of the block before.
 //
 // CTAs have a range of chunks each, or are pairs (kSplit) or twins (kTwins): see matmul.cuh. In a cluster the shared addresses of
 // all CTAs but the first have high bits set, so that none may be made up: 0 is the first one's.
