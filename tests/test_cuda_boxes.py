@@ -126,9 +126,9 @@ SLOTS, WARPS, CHUNKS = 8, 3, 64
 class ChunkBoxes(Events):
     """One run; filling takes its turn after a while, copies 0.7 us, a chunk 0.5 us of each warp, some much longer."""
 
-    def __init__(self, boxes: int, late: bool, seed: int) -> None:
+    def __init__(self, boxes: int, seed: int) -> None:
         super().__init__(seed)
-        self.boxes, self.late = boxes, late
+        self.boxes = boxes
         self.landed, self.given_back = [0] * SLOTS, [0] * SLOTS
         self.arrived = [0] * CHUNKS  # warps that have given a chunk back
         self.next_fill, self.wrong = 0, 0
@@ -151,9 +151,8 @@ class ChunkBoxes(Events):
         self.later(0.1, "filled", self.next_fill)
 
     def give_back(self, chunk: int) -> None:
-        if chunk >= 0:
-            self.arrived[chunk] += 1
-            self.given_back[chunk % SLOTS] += self.arrived[chunk] == WARPS
+        self.arrived[chunk] += 1
+        self.given_back[chunk % SLOTS] += self.arrived[chunk] == WARPS
 
     def start(self, warp: int) -> None:
         chunk = self.chunk_of[warp]
@@ -165,8 +164,6 @@ class ChunkBoxes(Events):
         self.wrong += landed <= phase
         self.busy[warp] = True
         self.later(0.5, "multiplied", warp)
-        if self.late:  # with wgmma a chunk is given back one step into the next
-            self.give_back(chunk - 1)
 
     def run(self) -> tuple[int, bool]:
         """How often what had not landed, or was not free, was taken for it; whether all chunks were multiplied."""
@@ -186,24 +183,18 @@ class ChunkBoxes(Events):
                 self.landed[which % SLOTS] += 1
             else:
                 self.busy[which] = False
-                if not self.late:
-                    self.give_back(self.chunk_of[which])
+                self.give_back(self.chunk_of[which])
                 self.chunk_of[which] += 1
 
 
-def chunk_outcomes(boxes: int, late: bool) -> list[tuple[int, bool]]:
-    return [ChunkBoxes(boxes, late, seed).run() for seed in range(40)]
+def chunk_outcomes(boxes: int) -> list[tuple[int, bool]]:
+    return [ChunkBoxes(boxes, seed).run() for seed in range(40)]
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("boxes", range(2, SLOTS + 1))
-def test_as_many_boxes_as_slots_are_safe(boxes: int, late: bool) -> None:
-    assert chunk_outcomes(boxes, late) == [(0, True)] * 40
-
-
-def test_one_box_is_too_few_where_chunks_are_given_back_late() -> None:
-    assert not any(finished for _, finished in chunk_outcomes(1, late=True))
+@pytest.mark.parametrize("boxes", range(1, SLOTS + 1))
+def test_as_many_boxes_as_slots_are_safe(boxes: int) -> None:
+    assert chunk_outcomes(boxes) == [(0, True)] * 40
 
 
 def test_twice_as_many_boxes_as_slots_are_unsafe() -> None:
-    assert any(wrong or not finished for wrong, finished in chunk_outcomes(2 * SLOTS, late=False))
+    assert any(wrong or not finished for wrong, finished in chunk_outcomes(2 * SLOTS))

@@ -208,13 +208,19 @@ def test_the_fastest_of_three_ways_for_many_tokens(
     [
         ((4096, 14336), 0.4, 32, False, HopperConfig),
         ((4096, 14336), 0.4, 40, False, HopperConfig),
-        ((4096, 14336), 0.4, 40, True, WideConfig),
+        ((4096, 14336), 0.4, 40, True, HopperConfig),
         ((4096, 14336), 0.4, 41, False, WideConfig),
         ((4096, 14336), 0.3, 48, False, HopperConfig),
+        ((4096, 14336), 0.3, 48, True, WideConfig),
         ((4096, 14336), 0.3, 49, False, WideConfig),
-        ((4096, 14336), 0.6, 40, False, WideConfig),
-        ((2048, 8192), 0.4, 40, False, WideConfig),
-        ((8192, 8192), 0.4, 33, False, WideConfig),
+        ((4096, 14336), 0.5, 40, False, WideConfig),
+        ((2048, 2048), 0.4, 40, False, WideConfig),
+        ((2048, 8192), 0.4, 40, False, HopperConfig),
+        ((1024, 4096), 0.7, 40, False, HopperConfig),
+        ((8192, 8192), 0.4, 40, False, HopperConfig),
+        ((8192, 8192), 0.4, 41, False, WideConfig),
+        ((28672, 8192), 0.5, 40, False, HopperConfig),
+        ((28672, 8192), 0.6, 40, False, WideConfig),
     ],
 )
 def test_more_than_32_tokens_stay_narrow_where_the_ring_is_long_enough(

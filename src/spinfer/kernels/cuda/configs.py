@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from spinfer.kernels.cuda.layout import BLOCK_COLS, BLOCK_ROWS, MAX_CHUNK_NBYTES, OFFSET_UNIT, ChunkGrid
 
-MAX_NARROW = 32
-"""Up to so many tokens csrc/matmul_sm90.cu takes weights of any shape, without pairs too."""
+MAX_NARROW = 40
+"""Up to so many tokens csrc/matmul_sm90.cu takes weights of any shape, without pairs too; with more it would spill but
+for pairs with chunks of 64 rows."""
 
 NARROW_TILES = (8, 16, 24, 32, 40, 48)
 
@@ -180,7 +181,8 @@ class PortableConfig:
 
 
 def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    return (warps_k - 1) * grid.blocks_m * 2 * (2 if tile > MAX_NARROW else 1) * 512
+    at_a_time = 2 if tile > 32 else 1  # kPass of csrc/matmul.cuh
+    return (warps_k - 1) * grid.blocks_m * 2 * at_a_time * 512
 
 
 def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
@@ -191,7 +193,7 @@ def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
 def hopper_config(
     grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int = 1, by_cost: bool = False
 ) -> HopperConfig:
-    """Configuration of csrc/matmul_sm90.cu: 1 to 32 tokens; with pairs and chunks of 64 rows up to 48.
+    """Configuration of csrc/matmul_sm90.cu: 1 to 40 tokens; with pairs and chunks of 64 rows up to 48.
 
     Args:
         grid: how the weight is cut.

@@ -32,8 +32,8 @@ from spinfer.kernels.cuda.configs import (
 )
 from spinfer.kernels.cuda.layout import ChunkGrid
 
-_NARROW_LEAST_BUSY, _NARROW_LEAST_CHUNKS = 0.6, 3.6
-"""From 33 tokens on; see _narrow_pays."""
+_LEAST_WIDE, _NARROW_LEAST_BUSY = 33, 0.6
+"""Tokens from which csrc/matmul_wide_sm90.cu may be faster than csrc/matmul_sm90.cu; see _narrow_pays."""
 
 _TWIN_CHUNKS_A_CTA = 2
 """Chunks of 64 rows a CTA from which twins are faster, all passes of 256 tokens counted. On an H200 at 60 % and 256
@@ -60,9 +60,9 @@ _WIDE_US, _WIDE_US_A_TOKEN = 0.31e-6, 0.0021e-6
 _FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US_A_TOKEN = 4.5, 3.0, 0.02
 """Of an H200; see _wide_split_pays."""
 
-_BYTES_A_US, _WEIGHTS_A_US, _LARGE_NBYTES = 4.2e6, 4.0e6, 300e6
-_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _CHUNKS_WANTED, _FEW_CHUNKS_COST = 2.6, 0.45, 4, 0.15
-"""What all CTAs copy and decode on an H200; see _split_pays and narrow_choice."""
+_BYTES_A_US, _WEIGHTS_A_US = 4.2e6, 4.0e6
+_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _CHUNKS_WANTED, _FEW_CHUNKS_COST = 2.6, 0.45, 4.02, 0.15
+"""What all CTAs copy and decode on an H200; see _split_pays."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +100,29 @@ def narrow_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, 
         traits: of the device.
         by_cost: whether the weight has ranges by cost.
     """
-    # From 17 tokens on only the kernel without pairs has wgmma, which the largest matrices gain more from.
-    large = tokens > 16 and _nbytes(grid, nnz) >= _LARGE_NBYTES
-    split = 1 if by_cost or large or not _split_pays(grid, nnz, tokens, traits) else 2
+    split = 1 if by_cost or not _split_pays(grid, nnz, tokens, traits) else 2
     return hopper_config(grid, nnz, tokens, traits, split=split, by_cost=by_cost)
 
 
 def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by_cost: bool) -> bool:
     """Whether csrc/matmul_sm90.cu is faster than csrc/matmul_wide_sm90.cu.
 
-    From 33 tokens on it would spill without pairs of CTAs and chunks of 64 rows, and x leaves less of shared memory to
-    the ring. Measured on an H200: 4096 x 14336 with 3.9 chunks in the ring 27.3 us instead of 32.5, with 3.4 32.3 (3584
-    x 18944: 40.8 instead of 38.8), with 2.8 42.8 instead of 36.1. And 2048 x 8192, which leaves half of the
-    multiprocessors idle, 16.0 instead of 15.3; 2560 x 6912, 15.1 instead of 16.2.
+    From 33 tokens on x leaves less of shared memory to its ring, and what counts is whether that holds four chunks, or
+    all that a CTA has. Measured on an H200 at 40 tokens, 32 shapes: with so many it takes 0.85 to 1.02 of the time, and
+    1.00 to 1.16 with fewer (28672 x 8192: 91.7 us instead of 101.0 at 60 %, 120.5 instead of 113.3 at 40 %). At 48, in
+    pairs with chunks of 64 rows, 4096 x 14336 takes 30.1 instead of 33.9 at 70 %, 35.4 instead of 34.2 at 60 %; pairs
+    that leave half of the multiprocessors idle up to 1.2 of the time (2048 x 8192).
     """
-    if tokens <= MAX_NARROW:
+    if tokens < _LEAST_WIDE:
         return True
-    if tokens > NARROW_TILES[-1] or grid.blocks_m > 2 or by_cost:
+    if tokens > NARROW_TILES[-1]:
         return False
-    narrow = narrow_choice(grid, nnz, tokens, traits)
+    narrow = narrow_choice(grid, nnz, tokens, traits, by_cost)
+    if tokens > MAX_NARROW and (narrow.split == 1 or grid.blocks_m > 2):
+        return False
     busy = narrow.ctas >= _NARROW_LEAST_BUSY * traits.sm_count
-    return narrow.split == 2 and busy and narrow.ring_nbytes >= _NARROW_LEAST_CHUNKS * grid.mean_chunk_nbytes(nnz)
+    chunks = min(_CHUNKS_WANTED, -(-grid.chunks // narrow.ctas))
+    return busy and narrow.ring_nbytes >= chunks * grid.mean_chunk_nbytes(nnz)
 
 
 def _nbytes(grid: ChunkGrid, nnz: int) -> int:
@@ -257,7 +259,7 @@ def alternatives(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, r
             found["ranges"] = Fused(tokens, (config,))
         if can_split and tokens <= (NARROW_TILES[-1] if grid.blocks_m == 2 else MAX_NARROW):
             found["pairs"] = Fused(tokens, (hopper_config(grid, nnz, tokens, traits, split=2),))
-        if MAX_NARROW < tokens <= MOST_FUSED_TOKENS:
+        if _LEAST_WIDE <= tokens <= MOST_FUSED_TOKENS:
             wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
             found["wide ranges"] = Fused(tokens, (wide,))
             if can_split and wide.passes == 1:
@@ -265,7 +267,7 @@ def alternatives(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, r
                 found["wide pairs"] = Fused(tokens, (config_of_pairs,))
             if grid.blocks_m == 2 and tokens > MANY:
                 found["twins"] = Fused(tokens, (wide_config(grid, nnz, tokens, traits, twins=2),))
-        if tokens > MAX_NARROW:
+        if tokens >= _LEAST_WIDE:
             found["staged"] = _staged(grid, tokens, traits)
     elif tokens <= MOST_FUSED_TOKENS:
         found["portable"] = _portable(grid, tokens, traits)

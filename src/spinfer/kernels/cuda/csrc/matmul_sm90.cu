@@ -6,28 +6,20 @@
 // in size, so they lie back to back in a ring of bytes: a fully dense chunk fits, a sparse one takes only what it needs.
 // Consumer warps open their next block (prefix sums) while they gather and multiply the current one.
 //
-// 16 consumer warps, one block of each chunk a warp. mma.m16n8k16; for 24 and 32 tokens, where it can be, wgmma with A in
-// registers, which reads x from shared memory itself (28672 x 8192 at 70 % and 32 tokens: 79 us instead of 85). More than 32:
-// matmul_wide_sm90.cu, but for up to 48 with pairs of CTAs and chunks of 64 rows.
+// 16 consumer warps, one block of each chunk a warp. More than 40 tokens: matmul_wide_sm90.cu, but for up to 48 with pairs of
+// CTAs and chunks of 64 rows.
 #include "common.cuh"
 #include "decode.cuh"
 #include "layout.cuh"
 #include "matmul.cuh"
 #include "sm90.cuh"
 
-// Not with kSplit, where it would spill, nor with chunks of 64 rows, where the warps of a warpgroup read different x.
-#define SPINFER_WGMMA (SPINFER_TOKENS > 16 && SPINFER_SPLIT == 1 && SPINFER_BLOCKS_M >= 4)
-#if SPINFER_WGMMA
-#include "wgmma.cuh"
-#endif
-
 constexpr int kWarpsK = kBlocksK;
-static_assert(!SPINFER_WGMMA || kBlocksM % 4 == 0);
 constexpr int kConsumerWarps = kBlocks;
 constexpr int kConsumers = kConsumerWarps * 32;
 constexpr int kThreads = kConsumers + 128;  // setmaxnreg works on groups of four warps
 // consumers x registers + producers x registers <= threads x registers at launch, or the kernel would hang.
-constexpr int kConsumerRegisters = SPINFER_WGMMA ? 112 : 104, kProducerRegisters = SPINFER_WGMMA ? 32 : 64;
+constexpr int kConsumerRegisters = 104, kProducerRegisters = 64;
 
 constexpr u32 kBoxBytes = kTokens * 128;          // 64 columns of x
 constexpr u32 kXBytes = kBlocksK * kBoxBytes;     // the columns of one chunk
@@ -80,25 +72,19 @@ struct Opened {
 struct Consumer {
   const MatmulArgs& p;
   const u32 start;  // of shared memory
-  const int thread;   // 32 x this warp's block of each chunk + lane
-  const u32 x_first;  // shared address of its x in box 0; without wgmma in row lane % 8, 16-byte column lane / 8, swizzled
+  const int thread;  // 32 x this warp's block of each chunk + lane
+  const u32 x_first;  // shared address of its x in box 0, in row lane % 8, 16-byte column lane / 8, swizzled
   const BlockDecoder<kTokens == 8 || kTokens == 24> decoder;
   float acc[2][kTiles][4];
-#if SPINFER_WGMMA
-  u32 a[2][2][4];      // fragments of two steps: one being multiplied, one being decoded
-  u32 to_release = 0;  // barrier of a chunk whose x the latest products may still read
-#else
   static constexpr bool kXAhead = kTiles <= 4;  // more tiles would spill
-  uint4 bx[kXAhead ? kTiles : 1];               // x of 32 columns
-#endif
+  uint4 bx[kXAhead ? kTiles : 1];  // x of 32 columns
   u32 turn = 0;  // of the chunk to open next: its number x 2^28, so that the top bit is the phase of its slot's barriers
 
   __device__ __forceinline__ Consumer(const MatmulArgs& p, const u32 start, int thread)
       : p(p),
         start(start),
         thread(thread),
-        x_first(start + kX + block() / kBlocksM * kBoxBytes +
-                (SPINFER_WGMMA ? 0 : (lane() & 7) * 128 + (((lane() >> 3) ^ (lane() & 7)) << 4))),
+        x_first(start + kX + block() / kBlocksM * kBoxBytes + (lane() & 7) * 128 + (((lane() >> 3) ^ (lane() & 7)) << 4)),
         decoder(lane()) {
     clear(acc);
   }
@@ -115,16 +101,6 @@ struct Consumer {
     next.note = read_note(next.slot + kNotes);
   }
   __device__ __forceinline__ void multiply(BlockState& state, u32 x_block, int s) {
-#if SPINFER_WGMMA
-    u32(&fragment)[2][4] = a[s % 2];
-    decoder.fragments(fragment, state, s);
-    const u64 descriptor = wgmma_descriptor(x_block) + 2 * s;
-    wgmma_fence();
-    wgmma(acc[0], fragment[0], descriptor);
-    wgmma(acc[1], fragment[1], descriptor);
-    wgmma_commit();
-    wgmma_wait<1>();  // the step before: its fragments are written next
-#else
     u32 fragment[2][4];
     if constexpr (kXAhead) {
       if (s % 2 == 0) {
@@ -146,44 +122,19 @@ struct Consumer {
         for (int r = 0; r < 2; r++) mma_m16n8k16(acc[r][n], fragment[r], b.x, b.y);
       }
     }
-#endif
   }
-  // Multiplies this warp's block of one chunk. With kAhead the next chunk is opened meanwhile; without, this one is given back
-  // first. With wgmma a chunk is otherwise given back one step into the next, when its last products are complete.
+  // Multiplies this warp's block of one chunk. With kAhead the next chunk is opened meanwhile.
   template <bool kAhead>
   __device__ __forceinline__ void chunk(Opened& now, Opened& next) {
     const u32 x = x_first + (now.slot & (p.boxes - 1) * kSlotStride) * (kXBytes / kSlotStride);
-    const u32 empty = now.slot + kEmpty;
-#if SPINFER_WGMMA
-    mbarrier_wait(now.slot + kXLanded, now.parity);
-    multiply(now.block, x, 0);
-    if (to_release) {
-      give_back(to_release);
-      to_release = 0;
-    }
-#endif
     if (kAhead) load(next, now.note.next_chunk);
     // This wait ends a basic block; without that the masks would be loaded, and the next block opened, last of all.
     mbarrier_wait(now.slot + kXLanded, now.parity);
     if (kAhead) decoder.open(next.block);
 #pragma unroll
-    for (int s = SPINFER_WGMMA; s < 4; s++) multiply(now.block, x, s);
-#if SPINFER_WGMMA
-    if (kAhead) {
-      to_release = empty;
-      return;
-    }
-    wgmma_wait<0>();
-    to_release = 0;
-#endif
-    give_back(empty);
-#if SPINFER_WGMMA
-    open(next, now.note.next_chunk);
-#endif
-  }
-  __device__ __forceinline__ void give_back(u32 empty) const {
+    for (int s = 0; s < 4; s++) multiply(now.block, x, s);
     __syncwarp();
-    give_back_to(empty, lane());
+    give_back_to(now.slot + kEmpty, lane());
   }
   __device__ __forceinline__ void open(Opened& next, u32 chunk) {
     load(next, chunk);
@@ -292,16 +243,6 @@ struct Consumer {
     open(now, start + p.ring_at);
     while (true) {
       Opened next;
-#if SPINFER_WGMMA
-      // An inner loop as below would make the compiler move fragments between registers and serialise the wgmmas.
-      if (now.note.flags & kReleaseFirst) {
-        chunk<false>(now, next);
-      } else {
-        chunk<true>(now, next);
-      }
-      if (now.note.flags & kEndOfSegment) wgmma_wait<0>();
-      if (now.note.flags & kEndOfSegment) finish(now.note.strip);
-#else
       while (now.note.flags == 0) {
         chunk<true>(now, next);
         now = next;
@@ -309,7 +250,6 @@ struct Consumer {
       chunk<false>(now, next);  // a range ends with a segment, so this is no end of work
       if (now.note.flags & kEndOfSegment) finish(now.note.strip);
       open(next, now.note.next_chunk);
-#endif
       if (next.note.flags & kEndOfWork) return;
       now = next;
     }

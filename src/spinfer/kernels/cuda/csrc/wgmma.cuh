@@ -21,8 +21,7 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 }
 
 // The names of the accumulators' registers, and the registers, of as many tiles of 8 columns as there are kinds of wgmma here.
-#define SPINFER_D12 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
-#define SPINFER_D16 SPINFER_D12 ", %12, %13, %14, %15"
+#define SPINFER_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SPINFER_D24 SPINFER_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SPINFER_D32 SPINFER_D24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define SPINFER_D48 SPINFER_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -38,7 +37,6 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 #define SPINFER_C1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SPINFER_C2(n) SPINFER_C1(n), SPINFER_C1(n + 1)
 #define SPINFER_C4(n) SPINFER_C2(n), SPINFER_C2(n + 2)
-#define SPINFER_C12 SPINFER_C2(0), SPINFER_C1(2)
 #define SPINFER_C16 SPINFER_C4(0)
 #define SPINFER_C24 SPINFER_C16, SPINFER_C2(4)
 #define SPINFER_C32 SPINFER_C16, SPINFER_C4(4)
@@ -61,8 +59,6 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
                  : SPINFER_C##registers                                                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                         \
   }
-SPINFER_WGMMA_KIND(24, 12, 12, 13, 14, 15, 16)
-SPINFER_WGMMA_KIND(32, 16, 16, 17, 18, 19, 20)
 SPINFER_WGMMA_KIND(48, 24, 24, 25, 26, 27, 28)
 SPINFER_WGMMA_KIND(64, 32, 32, 33, 34, 35, 36)
 SPINFER_WGMMA_KIND(96, 48, 48, 49, 50, 51, 52)
