@@ -100,7 +100,7 @@ def outcomes(boxes: int, groups: int) -> list[tuple[int, bool]]:
     return [Boxes(boxes, groups, seed).run() for seed in range(40)]
 
 
-@pytest.mark.parametrize("tokens", [48, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("tokens", [48, 64, 80, 128, 176, 256, 288, 320])
 @pytest.mark.parametrize("density", [0.2, 0.4, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("rows", [4096, 8192])
 def test_the_number_chosen_is_safe(rows: int, density: float, tokens: int) -> None:

@@ -51,8 +51,9 @@ class Driver:
         def __init__(self, driver: Driver, source: KernelSource) -> None:
             self._driver, self._file = driver, source.file
             defines = dict(source.defines)
-            copied = ("SPINFER_TILE_TOKENS", "SPINFER_COPY_TOKENS", "SPINFER_TOKENS")
-            self._copied_tokens = next((defines[each] for each in copied if each in defines), None)
+            tokens = defines.get("SPINFER_TILE_TOKENS", defines.get("SPINFER_TOKENS", 0))
+            each = tokens // defines.get("SPINFER_TWINS", 1)
+            self._copied_tokens = each if each <= 256 else each // 2
 
         def launch(self, index: int | None, shape: runtime.LaunchShape, stream: int, arguments: bytes) -> None:
             self._driver.launched.append(self._file)

@@ -19,7 +19,6 @@ from spinfer.kernels.cuda.configs import (
     code_arch,
     range_count,
     staged_config,
-    wide_config,
 )
 from spinfer.kernels.cuda.layout import GATHER_NBYTES, MAX_CHUNK_NBYTES, ChunkGrid
 from spinfer.kernels.cuda.select import (
@@ -183,11 +182,11 @@ def test_groups_of_token_tiles_are_about_as_large(tokens: int) -> None:
         ((4096, 14336), 520, Fused),
         ((4096, 14336), 768, Staged),
         ((28672, 4096), 8192, Staged),
-        ((4096, 4096), 520, Decoded),
-        ((4096, 4096), 704, Staged),
+        ((4096, 4096), 520, Fused),
+        ((4096, 4096), 704, Decoded),
         ((4096, 4096), 2048, Staged),
         ((6144, 4096), 512, Fused),
-        ((6144, 4096), 900, Decoded),
+        ((6144, 4096), 900, Fused),
         ((3072, 3072), 256, Fused),
         ((3072, 3072), 384, Decoded),
         ((3072, 3072), 2048, Decoded),
@@ -254,14 +253,17 @@ def test_tiles_of_a_short_last_round_are_shared(
     ("rows", "tokens", "tile", "passes", "warps"),
     [
         (8192, 48, 48, 1, 16),
-        (8192, 65, 96, 1, 8),
-        (8192, 129, 192, 1, 8),
+        (8192, 65, 80, 1, 8),
+        (8192, 129, 144, 1, 8),
         (8192, 256, 256, 1, 8),
-        (8192, 300, 192, 2, 8),
+        (8192, 300, 304, 1, 8),
+        (8192, 321, 176, 2, 8),
+        (8192, 640, 320, 2, 8),
         (8192, 768, 256, 3, 8),
-        (4096, 129, 192, 1, 8),
-        (4096, 300, 192, 2, 8),
-        (1024, 129, 96, 2, 8),
+        (4096, 129, 144, 1, 8),
+        (4096, 288, 288, 1, 8),
+        (4096, 300, 160, 2, 8),
+        (1024, 129, 80, 2, 8),
         (1024, 256, 128, 2, 8),
     ],
 )
@@ -316,7 +318,8 @@ def test_pairs_do_not_cost_a_large_weight_its_fourth_chunk(shape: tuple[int, int
     [
         ((4096, 4096), 64, 2, 1),
         ((8192, 8192), 256, 2, 1),
-        ((8192, 8192), 300, 1, 1),
+        ((8192, 8192), 320, 2, 1),
+        ((8192, 8192), 321, 1, 1),
         ((6144, 4096), 64, 2, 1),
         ((7168, 5120), 256, 2, 1),
         ((5120, 5120), 128, 1, 1),
@@ -327,7 +330,7 @@ def test_pairs_do_not_cost_a_large_weight_its_fourth_chunk(shape: tuple[int, int
         ((4096, 4096), 129, 1, 2),
         ((4096, 14336), 512, 1, 2),
         ((2048, 4096), 256, 1, 1),
-        ((2048, 4096), 257, 1, 2),
+        ((2048, 4096), 289, 1, 2),
     ],
 )
 def test_clusters_for_many_tokens(shape: tuple[int, int], tokens: int, split: int, twins: int) -> None:
@@ -341,8 +344,8 @@ def test_clusters_for_many_tokens(shape: tuple[int, int], tokens: int, split: in
         ((4096, 4096), 1, 132, True),
         ((4096, 4096), 1, 0, False),
         ((4096, 4096), 1, 114, False),
-        ((28672, 8192), 256, 132, True),
-        ((28672, 8192), 257, 132, False),
+        ((28672, 8192), 320, 132, True),
+        ((28672, 8192), 321, 132, False),
         ((4096, 14336), 128, 132, True),
         ((4096, 14336), 256, 132, False),
         ((64, 1024), 32, 2, True),
@@ -359,33 +362,6 @@ def test_ranges_by_cost(shape: tuple[int, int], tokens: int, ranges: int, by_cos
     if by_cost:
         assert config.split == 1
         assert config.ctas == ranges
-
-
-@pytest.mark.parametrize(
-    ("tokens", "tile", "copy_tokens"),
-    [
-        (33, 48, 48),
-        (64, 64, 64),
-        (70, 96, 96),
-        (100, 128, 128),
-        (129, 192, 48),
-        (150, 192, 192),
-        (193, 256, 256),
-        (256, 256, 256),
-        (257, 192, 48),
-        (512, 256, 256),
-        (640, 256, 64),
-    ],
-)
-def test_copies_that_no_token_is_in_are_left_out(tokens: int, tile: int, copy_tokens: int) -> None:
-    config = wide_choice(ChunkGrid.of(28672, 8192), 1 << 26, tokens, H100)
-    assert (config.tokens, config.copy_tokens) == (tile, copy_tokens)
-
-
-def test_copies_of_twins_are_half_a_box_at_most() -> None:
-    grid = ChunkGrid.of(4096, 14336)
-    assert wide_config(grid, 1 << 24, 256, H100, twins=2).copy_tokens == 128
-    assert wide_config(grid, 1 << 24, 288, H100, twins=2).copy_tokens == 48
 
 
 def test_a_device_of_one_multiprocessor_has_no_clusters() -> None:

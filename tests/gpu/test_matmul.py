@@ -71,7 +71,7 @@ def fused(x: Tensor, weight: PackedWeight, config: Config, bias: Tensor | None =
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [*range(1, 50), 63, 64, 65, 127, 128, 129, 257, 1000, 8192])
+@pytest.mark.parametrize("tokens", [*range(1, 50), 63, 64, 65, *range(79, 322, 16), 129, 257, 640, 1000, 8192])
 def test_tokens(tokens: int, dtype: torch.dtype) -> None:
     w = random_weight(520, 1000, 0.4, dtype)
     x = torch.randn(tokens, 1000, device="cuda", dtype=dtype)
@@ -322,7 +322,7 @@ hopper = pytest.mark.skipif(
 
 @hopper
 @pytest.mark.parametrize("sm_count", [2, 6, 22, 400])
-@pytest.mark.parametrize("tokens", [1, 13, 32, 40, 64, 128, 190, 256, 700])
+@pytest.mark.parametrize("tokens", [1, 13, 32, 40, 64, 128, 142, 190, 256, 310, 700])
 def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
     """CTAs with many strips each, and three times as many as can run at once: none waits for one that does not run."""
     w = random_weight(9000, 2000, 0.4)
@@ -341,7 +341,7 @@ def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
 
 @hopper
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700), (17000, 300)])
-@pytest.mark.parametrize("tokens", [1, 9, 20, 32, 33, 40, 47, 64, 90, 128, 250])
+@pytest.mark.parametrize("tokens", [1, 9, 20, 32, 33, 40, 47, 64, 80, 90, 112, 128, 140, 171, 203, 250, 270, 320])
 def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
     weight_of = {density: random_weight(*shape, density) for density in (0.0, 0.4, 1.0)}
     for w in weight_of.values():
@@ -375,7 +375,7 @@ def uneven_weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 @hopper
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(9000, 2000), (4096, 4100), (1100, 3000)])
-@pytest.mark.parametrize("tokens", [1, 9, 20, 32, 40, 47, 64, 90, 128, 250, 300])
+@pytest.mark.parametrize("tokens", [1, 9, 20, 32, 40, 47, 64, 75, 90, 128, 173, 250, 285, 300, 400])
 def test_uneven_weights(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
     """Ranges by cost: some CTAs have many chunks, some one, and a strip has any number of partial sums."""
     w = uneven_weight(*shape, dtype)
@@ -389,7 +389,7 @@ def test_uneven_weights(shape: tuple[int, int], tokens: int, dtype: torch.dtype)
 
 
 @hopper
-@pytest.mark.parametrize("tokens", [1, 16, 40, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 40, 64, 80, 128])
 def test_ranges_of_one_chunk(tokens: int) -> None:
     """A row block with as many partial sums as it has chunks, beside one that has none."""
     w = random_weight(1024, 8192, 0.4)
@@ -410,7 +410,7 @@ def test_ranges_of_one_chunk(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700)])
-@pytest.mark.parametrize("tokens", [1, 24, 40, 48, 64, 200, 256, 600, 1024, 1500])
+@pytest.mark.parametrize("tokens", [1, 24, 40, 48, *range(64, 321, 16), 600, 1024, 1500])
 def test_every_alternative(shape: tuple[int, int], tokens: int) -> None:
     """What may be chosen after measuring, `choose` or not."""
     grid, traits, device = ChunkGrid.of(*shape), device_traits(0), torch.device("cuda", 0)
@@ -437,7 +437,7 @@ def test_some_row_blocks_are_decoded(shape: tuple[int, int]) -> None:
 
 @hopper
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (4100, 700), (8200, 700)])
-@pytest.mark.parametrize("tokens", [33, 64, 128, 129, 256, 600])
+@pytest.mark.parametrize("tokens", [33, 64, 80, 128, 129, 160, 171, 203, 220, 240, 256, 272, 288, 305, 600])
 def test_twins(shape: tuple[int, int], tokens: int) -> None:
     """Two CTAs share the copies of x; with an odd number of row blocks the last twin's rows are not there."""
     for density in (0.0, 0.4, 1.0):

@@ -37,7 +37,7 @@ APART = (
 )
 """(M, K) of projections as transformers has them: of Llama-3-8B, those that vLLM merges; of Llama-3.2-1B and 3B."""
 
-_FEW = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_FEW = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 256, 300, 384, 420, 512)
 _MANY = (640, 768, 900, 1024, 1100, 1536, 2048, 3000, 4096, 8192)
 TOKENS = (*_FEW, *_MANY)
 SPARSITIES = (0.6, 0.5, 0.7)

@@ -15,10 +15,14 @@ NARROW_TILES = (8, 16, 24, 32, 40, 48)
 _NARROW_SCRATCH_NBYTES = 16 * 1024
 """What its 16 warps add up through at a time: 8 tokens of 32 rows each."""
 
-WIDE_TILES = (48, 64, 96, 128, 192, 256)
-FEW, MANY = 64, 128
+WIDE_TILES = tuple(range(48, 321, 16))
+FEW, MANY, MOST_OF_TWINS = 64, 128, 288
 """Up to FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64; H100, 60 %). Beyond MANY 8 warps
-hold one tile each, and chunks of 64 rows go to twins, or to passes of MANY."""
+hold one tile each, and chunks of 64 rows go to twins, or to passes of MANY. Of more than MOST_OF_TWINS tokens their
+four boxes would leave no room for a dense chunk."""
+
+MOST_COPIED_TOKENS = 256
+"""What one copy by TMA may have of x, and one wgmma."""
 
 IN_FLIGHT = 2
 """Copies of the weight outstanding at a time; 1 and 3 are slower (docs/kernel.md)."""
@@ -116,14 +120,12 @@ class WideConfig(RingConfig):
     row block for each pair.
 
     Attributes:
-        copy_tokens: columns of a copy of x, a compile-time constant; those that no token is in are left out.
-        warps: that multiply, likewise.
+        warps: that multiply, a compile-time constant.
         bands: of 16 rows that each of them takes, likewise.
         twins: CTAs of a cluster that take row blocks one above the other and share the copies of x.
         passes: over the weight.
     """
 
-    copy_tokens: int
     warps: int
     bands: int
     twins: int
@@ -248,7 +250,8 @@ def wide_config(
         twins: likewise.
         by_cost: likewise, where it can be: in one pass, without pairs and twins.
     """
-    tiles = [tile for tile in WIDE_TILES if tile <= MANY or grid.blocks_m > 2 or twins > 1]
+    most = WIDE_TILES[-1] if grid.blocks_m > 2 else MOST_OF_TWINS if twins > 1 else MANY
+    tiles = [tile for tile in WIDE_TILES if tile <= most]
     each = -(-tokens // -(-tokens // tiles[-1]))
     tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
@@ -268,16 +271,13 @@ def wide_config(
     # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy before
     # in a box must be one that the same warps have seen land: a barrier tells the last phase alone from this one. With
     # 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).
-    boxes = max(4, 2 * warps_k, min(12, (room - wanted) // box)) // warps_k * warps_k
+    least = max(3 if tile > MOST_COPIED_TOKENS else 4, 2 * warps_k)
+    boxes = max(least, min(12, (room - wanted) // box)) // warps_k * warps_k
     ring_at = fixed + boxes * box
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
     strips = passes * -(-grid.row_blocks // twins)  # of twins
-    # Where nothing can be left out, copies as large as can be: with two for each box of x 96 and 128 tokens take 3 to
-    # 12 % longer in pairs with chunks of 64 rows (H200).
-    part = 64 if tile % 48 else 48
     return WideConfig(
         tokens=tile,
-        copy_tokens=part if tokens - (passes - 1) * tile <= tile - part else tile // twins,
         warps=warps,
         bands=bands,
         split=split,

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from spinfer.kernels.cuda.compile import KernelSource
-from spinfer.kernels.cuda.configs import PANEL_ROWS, HopperConfig, PortableConfig, StagedConfig, WideConfig
+from spinfer.kernels.cuda.configs import (
+    MOST_COPIED_TOKENS,
+    PANEL_ROWS,
+    HopperConfig,
+    PortableConfig,
+    StagedConfig,
+    WideConfig,
+)
 from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
 
@@ -51,7 +58,9 @@ class FusedPass:
             if isinstance(config, WideConfig):
                 warps, passes, twins = config.warps + _PRODUCER_WARPS, config.passes, config.twins
         row_blocks = -(-grid.row_blocks // twins) * twins
-        self._copy_tokens = config.copy_tokens if isinstance(config, WideConfig) else config.tokens
+        self._copy_tokens = config.tokens // twins
+        if self._copy_tokens > MOST_COPIED_TOKENS:
+            self._copy_tokens //= 2
         self._strips = passes * row_blocks
         self._chunks, self._in_features = grid.chunks, grid.in_features
         # Pairs of CTAs exchange their sums without memory.
@@ -208,7 +217,6 @@ def source(grid: ChunkGrid, config: Config, dtype: torch.dtype) -> KernelSource:
             "SPINFER_WARPS": config.warps,
             "SPINFER_BANDS": config.bands,
             "SPINFER_TWINS": config.twins,
-            "SPINFER_COPY_TOKENS": config.copy_tokens,
         }
         return KernelSource("matmul_wide_sm90.cu", "sm_90a", tuple(defines.items()))
     return KernelSource("matmul_sm90.cu", "sm_90a", tuple(defines.items()))

@@ -14,11 +14,11 @@ from spinfer.kernels.cuda.configs import (
     FEW,
     MANY,
     MAX_NARROW,
+    MOST_OF_TWINS,
     NARROW_TILES,
     PANEL_ROWS,
     PORTABLE_TILES,
     STAGED_TILES,
-    WIDE_TILES,
     DeviceTraits,
     HopperConfig,
     PortableConfig,
@@ -36,19 +36,19 @@ _LEAST_WIDE, _NARROW_LEAST_BUSY = 33, 0.6
 """Tokens from which csrc/matmul_wide_sm90.cu may be faster than csrc/matmul_sm90.cu; see _narrow_pays."""
 
 _TWIN_CHUNKS_A_CTA = 2
-"""Chunks of 64 rows a CTA from which twins are faster, all passes of 256 tokens counted. On an H200 at 60 % and 256
-tokens 4096 x 14336 takes 57 us instead of 77; 2048 x 4096, with 1.9 a CTA, 16.6 instead of 15.4."""
+"""Chunks of 64 rows a CTA from which twins are faster, all passes counted. On an H200 at 60 % and 256 tokens
+4096 x 14336 takes 57 us instead of 77; 2048 x 4096, with 1.9 a CTA, 16.6 instead of 15.4."""
 
-_LEAST_STAGED, MOST_FUSED_TOKENS = 513, 1024
-"""Tokens from which staging may be faster than the fused kernels on Hopper, and up to which these may be."""
+_LEAST_DECODED, _LEAST_STAGED, MOST_FUSED_TOKENS = 257, 513, 1024
+"""Tokens from which decoding first or staging may be faster than the fused kernels on Hopper, and up to which these
+may be."""
 
-_PASS_US, _PASS_US_A_NONZERO, _PASS_US_A_TOKEN = 0.05e-6, 0.6e-6, 0.0021e-6
-_LATER_TWIN_PASS, _FUSED_MORE_US = 0.05, 10.0
+_PASS_US_A_TOKEN, _PASS_US_A_NONZERO, _LATER_TWIN_PASS, _FUSED_MORE_US = 0.0028e-6, 0.37e-6, 0.1, 6.0
 _STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 1.56e-3, 4.04e-5, 8.5, 0.051
 _STAGING_US, _TOGETHER = 2.4e-6, 5.2
-_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_MORE_US, _MOST_DECODED = 0.7e-6, 2.7e-9, 6.4, 32_000_000
+_DECODED_US, _DECODED_US_A_TOKEN, _DECODED_US_A_NONZERO, _MOST_DECODED = 0.4e-6, 0.0029e-6, 1.0e-6, 32_000_000
 _LEAST_ROWS_DECODED = 1024
-"""Of an H200 at 50 and 60 %, behind a kernel of 3 us; see _many_tokens."""
+"""Of an H200, behind a kernel of 3 us; see _many_tokens."""
 
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
@@ -57,7 +57,7 @@ _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
 
 _WIDE_US, _WIDE_US_A_TOKEN = 0.31e-6, 0.0021e-6
-_FEW_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US, _MANY_SPLIT_SAVES_US_A_TOKEN = 4.5, 3.0, 0.02
+_FEW_SPLIT_SAVES_US_A_TOKEN, _MANY_SPLIT_SAVES_US_A_TOKEN, _WIDE_SPLIT_COSTS_US = 0.12, 0.06, 2.0
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US = 4.2e6, 4.0e6
@@ -163,29 +163,29 @@ def wide_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by
 def _wide_split_pays(grid: ChunkGrid, tile: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs, a row block each, are faster than ranges of chunks.
 
-    Fitted to 32 shapes, 50 and 60 % zeros and 48 to 256 tokens on an H200, where a weight takes _WIDE_US and for each
-    token _WIDE_US_A_TOKEN: what this chooses takes 0.1 % more than the faster of the two on average. 64 row blocks for
-    66 pairs are up to 19 % faster, 40 (5120 x 5120) 2 to 13 % slower.
+    Fitted to 32 shapes, 30 to 70 % zeros and 48 to 320 tokens on an H200, where a weight takes _WIDE_US and for each
+    token _WIDE_US_A_TOKEN: what this chooses takes 0.1 % more than the faster of the two on average, 5 % at most. 64
+    row blocks for 66 pairs are up to 19 % faster, 40 (5120 x 5120) 2 to 13 % slower up to 256 tokens.
     """
     pairs = traits.sm_count // 2
     if grid.chunks_k < 2 or grid.row_blocks > pairs:
         return False
     us = grid.out_features * grid.in_features * (_WIDE_US + _WIDE_US_A_TOKEN * tile)
-    saves = _FEW_SPLIT_SAVES_US if tile <= FEW else _MANY_SPLIT_SAVES_US + _MANY_SPLIT_SAVES_US_A_TOKEN * tile
-    return us * (pairs / grid.row_blocks - 1) < saves
+    a_token = _FEW_SPLIT_SAVES_US_A_TOKEN if tile <= FEW else _MANY_SPLIT_SAVES_US_A_TOKEN
+    return us * (pairs / grid.row_blocks - 1) < a_token * tile - _WIDE_SPLIT_COSTS_US
 
 
 def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
     """Whether row blocks of 64 rows are better taken by two CTAs that share the copies of x."""
-    chunks = -(-tokens // WIDE_TILES[-1]) * grid.chunks
+    chunks = -(-tokens // MOST_OF_TWINS) * grid.chunks
     enough = chunks >= _TWIN_CHUNKS_A_CTA * traits.sm_count >= 2 * _TWIN_CHUNKS_A_CTA
     return grid.blocks_m == 2 and tokens > MANY and enough
 
 
 def _fused_us(grid: ChunkGrid, nnz: int, config: WideConfig) -> float:
     weights = grid.out_features * grid.in_features
-    each = weights * (_PASS_US + _PASS_US_A_TOKEN * config.tokens) + nnz * _PASS_US_A_NONZERO
-    # 4096 x 14336 by 768 takes 177 us by twins, three passes, and 86 in two of 192 tokens; staged 156.
+    each = weights * _PASS_US_A_TOKEN * config.tokens + nnz * _PASS_US_A_NONZERO
+    # 4096 x 14336 at 60 % takes 101 us by twins for 512 tokens, two passes, and 172 for 768.
     slower = 1 + _LATER_TWIN_PASS * (config.passes - 2) if config.twins > 1 else 1
     return config.passes * each * slower + _FUSED_MORE_US
 
@@ -210,13 +210,13 @@ def staged_tiles(tokens: int) -> list[int]:
     return list(dict.fromkeys(tiles))
 
 
-def _decoded_us(grid: ChunkGrid, tokens: int) -> float:
+def _decoded_us(grid: ChunkGrid, nnz: int, tokens: int) -> float:
     weights = grid.out_features * grid.in_features
     # cuBLAS takes up to 2.7 times as long as the others for 300 x 5000, whose rows of y are not aligned.
     if weights > _MOST_DECODED or grid.out_features < _LEAST_ROWS_DECODED or grid.out_features % 8:
         return math.inf
     counted = -(-tokens // 8) * 8  # eight numbers of tokens are treated alike
-    return weights * (_DECODED_US + _DECODED_US_A_TOKEN * counted) + _DECODED_MORE_US
+    return weights * (_DECODED_US + _DECODED_US_A_TOKEN * counted) + nnz * _DECODED_US_A_NONZERO
 
 
 def _many_tokens(
@@ -226,13 +226,13 @@ def _many_tokens(
 
     Its passes decode the weight several times; staging decodes once, in its own time; decoding first, for cuBLAS, takes
     as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 32 shapes of 4 to 470
-    million weights, 50 and 60 % zeros and 384 to 8,192 tokens on an H200: what they choose takes 0.4 % more than the
-    fastest on average, most of it where cuBLAS takes up to a third more than for about as many tokens (5120 x 5120 by
-    1,032). From 33 million weights on decoding first gains nothing, or little: 10 % at most.
+    million weights, 50, 60 and 70 % zeros and 300 to 8,192 tokens on an H200: what they choose takes 0.2 % more than
+    the fastest on average, 14 % at most. From 33 million weights on decoding first gains nothing, or little: 10 % at
+    most.
     """
     tiles = staged_tiles(tokens) if tokens >= _LEAST_STAGED else []
     staged_us = min((_staged_us(grid, tokens, tile, traits) for tile in tiles), default=math.inf)
-    decoded_us = _decoded_us(grid, tokens)
+    decoded_us = _decoded_us(grid, nnz, tokens)
     if tokens <= MOST_FUSED_TOKENS:
         wide = wide_choice(grid, nnz, tokens, traits, by_cost)
         if _fused_us(grid, nnz, wide) <= min(staged_us, decoded_us):
@@ -333,7 +333,7 @@ def choose(
     if not traits.hopper:
         return _portable(grid, tokens, traits) if tokens <= _MOST_PORTABLE else _decoded(grid)
     by_cost = ranges == range_count(grid, traits)
-    if tokens > WIDE_TILES[-1]:
+    if tokens >= _LEAST_DECODED:
         return _many_tokens(grid, nnz, tokens, traits, by_cost)
     if _narrow_pays(grid, nnz, tokens, traits, by_cost):
         return Fused(tokens, (narrow_choice(grid, nnz, tokens, traits, by_cost),))

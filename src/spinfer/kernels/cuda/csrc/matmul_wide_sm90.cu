@@ -22,9 +22,6 @@
 #ifndef SPINFER_BANDS
 #define SPINFER_BANDS 1
 #endif
-#ifndef SPINFER_COPY_TOKENS
-#define SPINFER_COPY_TOKENS (SPINFER_TOKENS / SPINFER_TWINS)
-#endif
 constexpr int kConsumerWarps = SPINFER_WARPS;
 constexpr int kBandsAWarp = SPINFER_BANDS;  // of 16 rows: one tile of a block, or both
 constexpr int kWarpsM = kBands / kBandsAWarp;
@@ -36,11 +33,10 @@ constexpr int kThreads = kConsumerWarps * 32 + 128;  // setmaxnreg works on grou
 constexpr int kConsumerRegisters = kConsumerWarps == 16 ? 104 : 232, kProducerRegisters = 40;
 
 constexpr u32 kBoxBytes = kTokens * 128;  // 64 columns of x
-// A copy is of so many tokens. Those that are wholly beyond the last one are left out: TMA takes longer for what is not there
-// than for what is (4096 x 14336, 288 tokens, twins: 137 us instead of 86).
-constexpr int kCopyTokens = SPINFER_COPY_TOKENS, kCopies = kTokens / kCopyTokens;
-constexpr u32 kCopyBytes = kCopyTokens * 128;
-static_assert(kTokens % kCopyTokens == 0 && kCopies % kTwins == 0);
+constexpr int kHalvesOfX = kTokens > 256 ? 2 : 1;  // a wgmma has 256 columns at most, a copy as many rows
+constexpr u32 kHalfBytes = kBoxBytes / kHalvesOfX;
+constexpr int kCopies = kTwins > 1 ? 1 : kHalvesOfX, kCopyTokens = kTokens / kTwins / kCopies;  // of each CTA
+static_assert(kTiles % kHalvesOfX == 0 && kCopyTokens <= 256);
 constexpr int kMaxBoxes = 16;
 
 // Addresses in shared memory, after those of sm90.cuh.
@@ -59,34 +55,29 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
   u32 parity = 1;  // the first pass over the slots finds them empty
   Place place = work.at(0);
   for (i32 done = 0; done < work.count; done++) {
-    const i32 token = first_token_of(p, place.strip);
-    const i32 copies = min(kCopies, (p.tokens - token + kCopyTokens - 1) / kCopyTokens);
+    const int part = static_cast<int>(blockIdx.x % kTwins) * (kTokens / kTwins);  // this twin's
+    const i32 token = first_token_of(p, place.strip) + part;
 #pragma unroll 1
     for (int b = 0; b < kBlocksK; b++) {
       mbarrier_wait(start + kBoxEmpty + 8 * slot, parity);
       if (lane == 0) {
-        const u32 landed = start + kBoxLanded + 8 * slot;
+        const u32 landed = start + kBoxLanded + 8 * slot, to = start + kX + slot * kBoxBytes + part * 128;
         const int column = place.k * kChunkCols + (b % kWarpsK * kBlocksAWarp + b / kWarpsK) * kBlockCols;
-        mbarrier_expect(landed, copies * kCopyBytes);
-        const u32 box = start + kX + slot * kBoxBytes;
+        mbarrier_expect(landed, kBoxBytes);
+        if constexpr (kTwins > 1) {
+          asm volatile(
+              "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+              " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+              "l"(map), "r"(column), "r"(token), "r"(landed), "h"(static_cast<u16>((1 << kTwins) - 1)), "l"(kEvictLast)
+              : "memory");
+        } else {
 #pragma unroll
-        for (int i = 0; i < kCopies / kTwins; i++) {
-          const int c = i * kTwins + static_cast<int>(blockIdx.x % kTwins);
-          if (c >= copies) continue;
-          if constexpr (kTwins > 1) {
-            asm volatile(
-                "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-                " [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(box + c * kCopyBytes),
-                "l"(map), "r"(column), "r"(token + c * kCopyTokens), "r"(landed), "h"(static_cast<u16>((1 << kTwins) - 1)),
-                "l"(kEvictLast)
-                : "memory");
-          } else {
+          for (int i = 0; i < kCopies; i++)
             asm volatile(
                 "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-                " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(box + c * kCopyBytes),
-                "l"(map), "r"(column), "r"(token + c * kCopyTokens), "r"(landed), "l"(kEvictLast)
+                " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to + i * kCopyTokens * 128),
+                "l"(map), "r"(column), "r"(token + i * kCopyTokens), "r"(landed), "l"(kEvictLast)
                 : "memory");
-          }
         }
       }
       __syncwarp();
@@ -164,7 +155,11 @@ struct Consumer {
     for (int r = 0; r < kBandsAWarp; r++) block.select(f[r], raw, r, s);
     wgmma_fence();
 #pragma unroll
-    for (int r = 0; r < kBandsAWarp; r++) wgmma(acc[r], f[r], descriptor + 2 * s);
+    for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+      for (int half = 0; half < kHalvesOfX; half++)
+        wgmma(reinterpret_cast<float(&)[kTiles / kHalvesOfX][4]>(acc[r][half * (kTiles / kHalvesOfX)]), f[r],
+              descriptor + 2 * s + half * (kHalfBytes / 16));
     wgmma_commit();
   }
   // After a wait for all products of a block: gives back its box, and the chunk if it was the last of it.

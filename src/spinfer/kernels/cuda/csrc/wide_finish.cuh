@@ -23,7 +23,7 @@ __device__ __forceinline__ i32 rows_of(const MatmulArgs& p) { return p.out_featu
 template <int kOwn, int kBandsAWarp>
 __device__ __forceinline__ void add_partials(float (&acc)[kBandsAWarp][kTiles][4], const Partials& partials, int mine, int fragment) {
   // Tiles in flight at a time, as many as registers allow.
-  constexpr int kMost = (kTiles <= 8 ? 3 : kOwn > 16 ? 8 : 16) / kBandsAWarp, kStep = kOwn < kMost ? kOwn : kMost;
+  constexpr int kMost = (kTiles <= 8 ? 3 : kOwn > 36 ? 4 : kOwn > 16 ? 8 : 16) / kBandsAWarp, kStep = kOwn < kMost ? kOwn : kMost;
 #pragma unroll
   for (int n0 = 0; n0 < kOwn; n0 += kStep) {
     constexpr int kAtOnce = kBandsAWarp * kStep;
@@ -56,6 +56,7 @@ __device__ __forceinline__ void add_partials(float (&acc)[kBandsAWarp][kTiles][4
     asm volatile("" ::: "memory");
   }
 }
+// With an odd number of tiles the last of them is alone; what is stored beside it lies beyond `end`.
 template <int kOwn, int kBandsAWarp>
 __device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&acc)[kBandsAWarp][kTiles][4], i32 row, i32 token, u32 lines,
                                            int warp, int lane) {
@@ -64,11 +65,12 @@ __device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&ac
 #pragma unroll
   for (int r = 0; r < kBandsAWarp; r++) bias[r] = bias_of(p, row + (band + r) * 16, lane);
   constexpr int kStep = 2 / kBandsAWarp;
-  static_assert(kOwn % kStep == 0);
+  const i32 end = min(p.tokens, token + kOwn * 8);
 #pragma unroll
   for (int n = 0; n < kOwn; n += kStep) {
-    const float4 v[2] = {as_float4(acc[0][n]), as_float4(kBandsAWarp == 2 ? acc[kBandsAWarp - 1][n] : acc[0][n + kStep - 1])};
-    store_lines<kBandsAWarp>(p, row, token + n * 8, p.tokens, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
+    const int second = n + kStep - 1 < kOwn ? n + kStep - 1 : n;
+    const float4 v[2] = {as_float4(acc[0][n]), as_float4(acc[kBandsAWarp - 1][second])};
+    store_lines<kBandsAWarp>(p, row, token + n * 8, end, v, bias, lines + n / kStep % 2 * (kLinesBytes / 2), warp, lane);
   }
 }
 
@@ -78,6 +80,7 @@ __device__ constexpr u32 exchange_bytes() { return 2 * kBands * kExchanged * 512
 template <int kBandsAWarp>
 __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
   constexpr int kHalf = kTiles / 2;
+  static_assert(kTiles % 2 == 0);
   auto at = [&](int to, int r, int j) { return scratch + (((to * kBands + band + r) * kExchanged + j) * 32 + lane) * 16; };
 #pragma unroll
   for (int n0 = 0; n0 < kHalf; n0 += kExchanged) {
@@ -85,7 +88,7 @@ __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u
 #pragma unroll
     for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
-      for (int j = 0; j < kExchanged; j++) {
+      for (int j = 0; j < kExchanged && n0 + j < kHalf; j++) {
         float v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) v[i] = warp_k ? acc[r][n0 + j][i] : acc[r][kHalf + n0 + j][i];
@@ -95,7 +98,7 @@ __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u
 #pragma unroll
     for (int r = 0; r < kBandsAWarp; r++)
 #pragma unroll
-      for (int j = 0; j < kExchanged; j++) {
+      for (int j = 0; j < kExchanged && n0 + j < kHalf; j++) {
         float(&c)[4] = acc[r][n0 + j];
 #pragma unroll
         for (int i = 0; i < 4; i++) c[i] = warp_k ? acc[r][kHalf + n0 + j][i] : c[i];
