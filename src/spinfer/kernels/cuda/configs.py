@@ -271,8 +271,7 @@ def wide_config(
     # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy before
     # in a box must be one that the same warps have seen land: a barrier tells the last phase alone from this one. With
     # 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).
-    least = max(3 if tile > MOST_COPIED_TOKENS else 4, 2 * warps_k)
-    boxes = max(least, min(12, (room - wanted) // box)) // warps_k * warps_k
+    boxes = max(3, 2 * warps_k, min(12, (room - wanted) // box)) // warps_k * warps_k
     ring_at = fixed + boxes * box
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
     strips = passes * -(-grid.row_blocks // twins)  # of twins
