@@ -155,7 +155,7 @@ struct Consumer {
       const int band = block() - n * kBands % kConsumerWarps;
       if (band >= 0 && band < kBands) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll (kWarpsK / 2)  // with all at once 24 and 32 tokens spill
+#pragma unroll (kWarpsK / 2)
         for (int q = 0; q < kWarpsK; q++) add(sum, lds_float4(scratch + (q * kBands + band) * 512));
         own[n * kBands / kConsumerWarps] = sum;
       }
