@@ -1,7 +1,7 @@
 // y = x W^T + bias on Hopper for many tokens: as matmul_sm90.cu, with wgmma and all passes over the weight in one launch.
 //
 // Eight or sixteen consumer warps. Each decodes tiles of 16 rows into A fragments in registers, one or both of a block, and a
-// wgmma for each multiplies them with a box of x: 64 columns, in a ring of its own. Where more than one warpgroup is left for
+// wgmma for each, or two, multiplies them with a box of x: 64 columns, in a ring of its own. Where more than one warpgroup is left for
 // the columns of a chunk, they take turns with the boxes.
 //
 // The prefix sums of a block are made in stages, behind the wgmmas of the first three steps of the block before.
