@@ -8,9 +8,10 @@ CODE := src tests demo benchmarks
 .PHONY: demo test test-native test-aarch64 test-cuda-compile test-vllm quality bench-cpu bench-gpu bench-pruning \
   readme clean
 
+# One torch to develop with; the package takes any from 2.11 to 2.14.
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable '.[demo,test,quality,bench]'
+	$(PY) -m pip install --quiet --editable '.[demo,test,quality,bench]' 'torch==2.13.*'
 	touch $@
 
 # The oldest NVRTC that is supported, which refuses most: 13.5 takes lambdas that 13.0, installed with torch 2.11, does not.
