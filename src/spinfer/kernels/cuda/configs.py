@@ -27,10 +27,11 @@ MOST_COPIED_TOKENS = 256
 IN_FLIGHT = 2
 """Copies of the weight outstanding at a time; 1 and 3 are slower (docs/kernel.md)."""
 
-_CHUNKS_WANTED, _CHUNKS_LEAST = 4.02, 3.5
-"""Chunks of the weight that are worth more than further boxes of x in csrc/matmul_wide_sm90.cu. On an H100 28672 x 8192
-at 50 % and 64 tokens takes 117.7 us with 3.8 chunks and 10 boxes, 106.9 with 4.3 and 8. Where four do not fit all the
-same, or chunks have 64 rows, fewer boxes cost 3 to 8 %."""
+CHUNKS_WANTED, _CHUNKS_LEAST = 4.02, 3.5
+"""Chunks of the weight that the ring should hold; worth more than further boxes of x in csrc/matmul_wide_sm90.cu. On an
+H100 28672 x 8192 at 50 % and 64 tokens takes 117.7 us with 3.8 chunks and 10 boxes, 106.9 with 4.3 and 8. Where four do
+not fit all the same, or chunks have 64 rows, fewer boxes cost 3 to 8 %; with less than three it takes 4 to 20 % longer
+(docs/kernel.md)."""
 
 PORTABLE_TILES = (8, 16, 32)
 _PORTABLE_WARPS, _PORTABLE_NOTES = 8, 4
@@ -266,8 +267,8 @@ def wide_config(
     fixed = _BARRIER_NBYTES + sums
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
-    four_fit = grid.blocks_m > 2 and room - 4 * box >= _CHUNKS_WANTED * chunk
-    wanted = max(MAX_CHUNK_NBYTES, int((_CHUNKS_WANTED if four_fit else _CHUNKS_LEAST) * chunk))
+    four_fit = grid.blocks_m > 2 and room - 4 * box >= CHUNKS_WANTED * chunk
+    wanted = max(MAX_CHUNK_NBYTES, int((CHUNKS_WANTED if four_fit else _CHUNKS_LEAST) * chunk))
     # Warps give a box back when they have the next one: with a box each, all would wait for ever. And the copy before
     # in a box must be one that the same warps have seen land: a barrier tells the last phase alone from this one. With
     # 5 boxes for 4 warps results were wrong (4096 x 14336, 30 %, 64 tokens: by 0.045).

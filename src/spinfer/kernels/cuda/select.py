@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from spinfer.kernels.cuda.configs import (
+    CHUNKS_WANTED,
     FEW,
     MANY,
     MAX_NARROW,
@@ -61,7 +62,7 @@ _FEW_SPLIT_SAVES_US_A_TOKEN, _MANY_SPLIT_SAVES_US_A_TOKEN, _WIDE_SPLIT_COSTS_US 
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US = 4.2e6, 4.0e6
-_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _CHUNKS_WANTED, _FEW_CHUNKS_COST = 2.6, 0.45, 4.02, 0.15
+_SPLIT_SAVES_US, _SPLIT_LEAST_BUSY, _FEW_CHUNKS_COST = 2.6, 0.45, 0.15
 """What all CTAs copy and decode on an H200; see _split_pays."""
 
 
@@ -121,7 +122,7 @@ def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, b
     if tokens > MAX_NARROW and (narrow.split == 1 or grid.blocks_m > 2):
         return False
     busy = narrow.ctas >= _NARROW_LEAST_BUSY * traits.sm_count
-    chunks = min(_CHUNKS_WANTED, -(-grid.chunks // narrow.ctas))
+    chunks = min(CHUNKS_WANTED, -(-grid.chunks // narrow.ctas))
     return busy and narrow.ring_nbytes >= chunks * grid.mean_chunk_nbytes(nnz)
 
 
@@ -147,7 +148,7 @@ def _split_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits) ->
     copies, decoding = _nbytes(grid, nnz) / _BYTES_A_US, grid.out_features * grid.in_features / _WEIGHTS_A_US
     lost = max(copies, decoding) * (1 / busy - 1)
     single, pair = (hopper_config(grid, nnz, tokens, traits, split=split).ring_nbytes for split in (1, 2))
-    if pair < _CHUNKS_WANTED * grid.mean_chunk_nbytes(nnz) <= single:
+    if pair < CHUNKS_WANTED * grid.mean_chunk_nbytes(nnz) <= single:
         lost += _FEW_CHUNKS_COST * copies
     return busy >= _SPLIT_LEAST_BUSY and lost < _SPLIT_SAVES_US / rounds
 
