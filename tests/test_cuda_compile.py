@@ -56,12 +56,8 @@ def test_a_kernel_compiles(capability: tuple[int, int]) -> None:
 @pytest.mark.nvrtc
 @pytest.mark.parametrize("capability", ARCHS)
 def test_kernels_compile_without_spills(capability: tuple[int, int]) -> None:
-    """Every kernel of sm_80, sm_90a and sm_120 for bf16; a third for fp16, which differs in the names of instructions,
-    and of the architectures between, which compile the same code.
-    """
+    """Every kernel of sm_80, sm_90a and sm_120; of the architectures between, which compile the same code, a third."""
     kernels = _sources(capability, range(1, 769))
-    fp16 = [kernel for kernel in kernels if dict(kernel.defines).get("SPINFER_BF16") == 0]
-    kernels = [*(kernel for kernel in kernels if kernel not in fp16), *fp16[::3]]
     if capability not in ((8, 0), (9, 0), (12, 0)):
         kernels = kernels[::3]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
