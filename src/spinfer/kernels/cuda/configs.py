@@ -188,6 +188,11 @@ def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
     return (warps_k - 1) * grid.blocks_m * 2 * at_a_time * 512
 
 
+def most_narrow(grid: ChunkGrid, split: int) -> int:
+    """Tokens that csrc/matmul_sm90.cu can take at most, with `split` of `RingConfig`."""
+    return NARROW_TILES[-1] if split > 1 and grid.blocks_m == 2 else MAX_NARROW
+
+
 def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
     """Ranges of chunks that one pass over a weight is dealt out in on Hopper, one a CTA."""
     return min(traits.sm_count, grid.chunks)
@@ -196,7 +201,7 @@ def range_count(grid: ChunkGrid, traits: DeviceTraits) -> int:
 def hopper_config(
     grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, *, split: int = 1, by_cost: bool = False
 ) -> HopperConfig:
-    """Configuration of csrc/matmul_sm90.cu: 1 to 40 tokens; with pairs and chunks of 64 rows up to 48.
+    """Configuration of csrc/matmul_sm90.cu: 1 to `most_narrow` tokens.
 
     Args:
         grid: how the weight is cut.

@@ -14,9 +14,7 @@ from spinfer.kernels.cuda.configs import (
     CHUNKS_WANTED,
     FEW,
     MANY,
-    MAX_NARROW,
     MOST_OF_TWINS,
-    NARROW_TILES,
     PANEL_ROWS,
     PORTABLE_TILES,
     STAGED_TILES,
@@ -26,6 +24,7 @@ from spinfer.kernels.cuda.configs import (
     StagedConfig,
     WideConfig,
     hopper_config,
+    most_narrow,
     portable_config,
     range_count,
     staged_config,
@@ -116,10 +115,10 @@ def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, b
     """
     if tokens < _LEAST_WIDE:
         return True
-    if tokens > NARROW_TILES[-1]:
+    if tokens > most_narrow(grid, 2):
         return False
     narrow = narrow_choice(grid, nnz, tokens, traits, by_cost)
-    if tokens > MAX_NARROW and (narrow.split == 1 or grid.blocks_m > 2):
+    if tokens > most_narrow(grid, narrow.split):
         return False
     busy = narrow.ctas >= _NARROW_LEAST_BUSY * traits.sm_count
     chunks = min(CHUNKS_WANTED, -(-grid.chunks // narrow.ctas))
@@ -256,10 +255,10 @@ def alternatives(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, r
     if traits.hopper:
         by_cost = ranges == range_count(grid, traits)
         can_split = grid.chunks_k >= 2 and traits.sm_count >= 2
-        if tokens <= MAX_NARROW:
+        if tokens <= most_narrow(grid, 1):
             config = hopper_config(grid, nnz, tokens, traits, by_cost=by_cost)
             found["ranges"] = Fused(tokens, (config,))
-        if can_split and tokens <= (NARROW_TILES[-1] if grid.blocks_m == 2 else MAX_NARROW):
+        if can_split and tokens <= most_narrow(grid, 2):
             found["pairs"] = Fused(tokens, (hopper_config(grid, nnz, tokens, traits, split=2),))
         if _LEAST_WIDE <= tokens <= MOST_FUSED_TOKENS:
             wide = wide_config(grid, nnz, tokens, traits, by_cost=by_cost)
