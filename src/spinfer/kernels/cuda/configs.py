@@ -17,9 +17,10 @@ _NARROW_SCRATCH_NBYTES = 16 * 1024
 
 WIDE_TILES = tuple(range(48, 321, 16))
 FEW, MANY, MOST_OF_TWINS = 64, 128, 288
-"""Up to FEW tokens a pass 16 warps of one tile are faster than 8 of two (5 % at 64; H100, 60 %). Beyond MANY 8 warps
-hold one tile each, and chunks of 64 rows go to twins, or to passes of MANY. Of more than MOST_OF_TWINS tokens their
-four boxes would leave no room for a dense chunk."""
+"""Up to FEW tokens a pass 16 warps of one tile are as fast as 8 of two, or up to 3 % faster, and need fewer registers;
+with chunks of 64 rows 8 warps of one tile are, by 3 to 5 % (H200, 50 to 70 %, nine shapes). Beyond MANY 8 warps hold
+one tile each, and chunks of 64 rows go to twins, or to passes of MANY. Of more than MOST_OF_TWINS tokens their four
+boxes would leave no room for a dense chunk."""
 
 MOST_COPIED_TOKENS = 256
 """What one copy by TMA may have of x, and one wgmma."""
@@ -183,11 +184,6 @@ class PortableConfig:
     shared_nbytes: int
 
 
-def _scratch_nbytes(grid: ChunkGrid, warps_k: int, tile: int) -> int:
-    at_a_time = 2 if tile > 32 else 1  # kPass of csrc/matmul.cuh
-    return (warps_k - 1) * grid.blocks_m * 2 * at_a_time * 512
-
-
 def most_narrow(grid: ChunkGrid, split: int) -> int:
     """Tokens that csrc/matmul_sm90.cu can take at most, with `split` of `RingConfig`."""
     return NARROW_TILES[-1] if split > 1 and grid.blocks_m == 2 else MAX_NARROW
@@ -261,15 +257,11 @@ def wide_config(
     each = -(-tokens // -(-tokens // tiles[-1]))
     tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
-    warps = 16 if tile <= FEW else 8
+    warps = 16 if tile <= FEW and grid.blocks_m > 2 else 8
     bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > MANY else 2
-    warps_m = 2 * grid.blocks_m // bands
-    warps_k = warps // warps_m
+    warps_k = warps // (2 * grid.blocks_m // bands)
     passes = -(-tokens // tile)
-    # Two warps along k with more than FEW tokens end a segment together: see finish_bytes of csrc/wide_finish.cuh.
-    finishing = warps if warps_k == 2 and tile > FEW else warps_m
-    sums = max(_scratch_nbytes(grid, warps_k, tile), finishing // 4 * _LINES_NBYTES) if split == 1 else 0
-    fixed = _BARRIER_NBYTES + sums
+    fixed = _BARRIER_NBYTES + (warps // 4 * _LINES_NBYTES if split == 1 else 0)  # finish_bytes of csrc/wide_finish.cuh
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
     four_fit = grid.blocks_m > 2 and room - 4 * box >= CHUNKS_WANTED * chunk
@@ -338,7 +330,8 @@ def portable_config(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> Porta
     """Configuration of one pass with 1 to 32 tokens on a GPU other than Hopper."""
     tile = next(tile for tile in PORTABLE_TILES if tile >= tokens)
     x_nbytes = _PORTABLE_WARPS * tile * BLOCK_COLS * 2
-    ring_at = x_nbytes + _PORTABLE_WARPS * _PORTABLE_NOTES * 8 + _scratch_nbytes(grid, grid.blocks_k, tile) + 16
+    sums_nbytes = (grid.blocks_k - 1) * grid.blocks_m * 2 * 512  # what sum_warps has
+    ring_at = x_nbytes + _PORTABLE_WARPS * _PORTABLE_NOTES * 8 + sums_nbytes + 16
 
     def ring_nbytes(shared: int) -> int:
         return min(_MOST_RING_NBYTES, (shared - ring_at - OFFSET_UNIT) // _PORTABLE_WARPS // OFFSET_UNIT * OFFSET_UNIT)

@@ -150,36 +150,6 @@ __device__ __forceinline__ void store_fragment(const MatmulArgs& p, i32 row, i32
   }
 }
 
-constexpr int kPass = kTokens > 32 ? 2 : 1;  // 8-token tiles that sum_warps takes through `scratch` at a time
-// Adds up the accumulators of the warps along k (kWarpsK of them) through shared memory, in their order, in the warps with
-// warp_k 0. kBandsAWarp bands a warp, from `band` on. All `threads` consumer threads call it.
-template <int kWarpsK, int kBandsAWarp>
-__device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
-  if constexpr (kWarpsK > 1) {
-    auto at = [&](int q, int r, int j) { return scratch + ((((q - 1) * kBands + band + r) * kPass + j) * 32 + lane) * 16; };
-#pragma unroll
-    for (int n0 = 0; n0 < kTiles; n0 += kPass) {
-      named_barrier<1>(threads);  // `scratch` is free: the pass or segment before has been read
-      if (warp_k) {
-#pragma unroll
-        for (int r = 0; r < kBandsAWarp; r++)
-#pragma unroll
-          for (int j = 0; j < kPass && n0 + j < kTiles; j++) sts_float4(at(warp_k, r, j), acc[r][n0 + j]);
-      }
-      named_barrier<1>(threads);
-      if (warp_k == 0) {
-#pragma unroll
-        for (int r = 0; r < kBandsAWarp; r++)
-#pragma unroll
-          for (int j = 0; j < kPass && n0 + j < kTiles; j++)
-#pragma unroll
-            for (int q = 1; q < kWarpsK; q++) add(acc[r][n0 + j], lds_float4(at(q, r, j)));
-      }
-    }
-  }
-}
-__device__ constexpr int scratch_bytes(int warps_k) { return (warps_k - 1) * kBands * kPass * 512; }
-
 template <int kBandsAWarp>
 __device__ __forceinline__ void clear(float (&acc)[kBandsAWarp][kTiles][4]) {
 #pragma unroll

@@ -24,7 +24,7 @@ static_assert(kNotes > kAhead && (kNotes & (kNotes - 1)) == 0);
 // Addresses in shared memory.
 constexpr u32 kNotesAt = kWarps * kXBytes;
 constexpr u32 kScratch = kNotesAt + kWarps * kNotes * 8;
-constexpr u32 kFlag = kScratch + scratch_bytes(kWarpsK);  // and then the rings
+constexpr u32 kFlag = kScratch + (kWarpsK - 1) * kBands * 512;  // and then the rings
 
 // Where this warp's two blocks of a chunk are.
 struct PairPlace {
@@ -230,14 +230,34 @@ __device__ __forceinline__ bool last_to_arrive(const MatmulArgs& p, i32 strip, u
   return lds_u32(flag);
 }
 
+// Adds up the accumulators of the warps along k through shared memory, in their order, 8 tokens at a time, in those with warp_k 0.
+__device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane) {
+  auto at = [&](int q, int r) { return scratch + (((q - 1) * kBands + band + r) * 32 + lane) * 16; };
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+    named_barrier<1>(kThreads);  // `scratch` is free: the tokens or the segment before have been read
+    if (warp_k) {
+#pragma unroll
+      for (int r = 0; r < kBandsAWarp; r++) sts_float4(at(warp_k, r), acc[r][n]);
+    }
+    named_barrier<1>(kThreads);
+    if (warp_k == 0) {
+#pragma unroll
+      for (int r = 0; r < kBandsAWarp; r++)
+#pragma unroll
+        for (int q = 1; q < kWarpsK; q++) add(acc[r][n], lds_float4(at(q, r)));
+    }
+  }
+}
+
 // Ends a segment: adds up the warps along k, and writes y or leaves a partial; the last CTA of those that share a strip adds the
-// partials up. All threads call it, as the three above.
+// partials up. All threads call it, as the four above.
 __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 start,
                                                int warp_m, int warp_k, int lane) {
   const int thread = (warp_k * kWarpsM + warp_m) * 32 + lane, band = warp_m * kBandsAWarp;
   const Range range = own_range(p);
   const bool whole = covers(p, range, strip);
-  sum_warps<kWarpsK>(acc, start + kScratch, band, warp_k, lane, kThreads);
+  sum_warps(acc, start + kScratch, band, warp_k, lane);
   if (warp_k == 0) {
     if (whole) {
       store(p, acc, strip, band, lane);

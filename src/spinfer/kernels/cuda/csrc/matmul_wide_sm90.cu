@@ -43,7 +43,7 @@ constexpr int kMaxBoxes = 16;
 constexpr u32 kBoxLanded = kFree, kBoxEmpty = kBoxLanded + 8 * kMaxBoxes;
 constexpr u32 kFlag = kBoxEmpty + 8 * kMaxBoxes;
 constexpr u32 kScratch = 1024;
-constexpr u32 kX = kScratch + finish_bytes<kWarpsM, kWarpsK>();  // 1024-byte aligned, for the swizzle
+constexpr u32 kX = kScratch + finish_bytes(kConsumerWarps);  // 1024-byte aligned, for the swizzle
 static_assert(kFlag + 16 <= kScratch && kX % 1024 == 0);
 
 // Copies the boxes of x that go with each chunk, in the order in which consumers use them: warp_k fastest.

@@ -12,9 +12,6 @@ struct WarpPlace {
   int warp_m, warp_k, lane;
 };
 
-// Whether the two warps along k that have sums of the same rows end a segment together, half of the tokens each.
-template <int kWarpsK>
-constexpr bool kHalves = kWarpsK == 2 && kTokens > 64;
 constexpr int kBarrierOfSums = 2;
 __device__ __forceinline__ i32 y_stride_of(const MatmulArgs& p) { return p.out_features; }
 __device__ __forceinline__ i32 rows_of(const MatmulArgs& p) { return p.out_features; }
@@ -23,7 +20,7 @@ __device__ __forceinline__ i32 rows_of(const MatmulArgs& p) { return p.out_featu
 template <int kOwn, int kBandsAWarp>
 __device__ __forceinline__ void add_partials(float (&acc)[kBandsAWarp][kTiles][4], const Partials& partials, int mine, int fragment) {
   // Tiles in flight at a time, as many as registers allow.
-  constexpr int kMost = (kTiles <= 8 ? 3 : kOwn > 36 ? 4 : kOwn > 16 ? 8 : 16) / kBandsAWarp, kStep = kOwn < kMost ? kOwn : kMost;
+  constexpr int kMost = (kOwn > 36 ? 4 : kOwn > 16 ? 8 : 16) / kBandsAWarp, kStep = kOwn < kMost ? kOwn : kMost;
 #pragma unroll
   for (int n0 = 0; n0 < kOwn; n0 += kStep) {
     constexpr int kAtOnce = kBandsAWarp * kStep;
@@ -75,11 +72,9 @@ __device__ __forceinline__ void store_sums(const MatmulArgs& p, const float (&ac
 }
 
 // Two warps along k exchange halves of their sums: each has the sum of its half of the tokens afterwards, in the first tiles.
-constexpr int kExchanged = kBands == 4 ? 2 : 1;  // tiles at a time: 8 KB in all
-__device__ constexpr u32 exchange_bytes() { return 2 * kBands * kExchanged * 512; }
 template <int kBandsAWarp>
 __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u32 scratch, int band, int warp_k, int lane, int threads) {
-  constexpr int kHalf = kTiles / 2;
+  constexpr int kHalf = kTiles / 2, kExchanged = 2 / kBandsAWarp;  // tiles at a time: 1 KB a warp
   static_assert(kTiles % 2 == 0);
   auto at = [&](int to, int r, int j) { return scratch + (((to * kBands + band + r) * kExchanged + j) * 32 + lane) * 16; };
 #pragma unroll
@@ -108,55 +103,42 @@ __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u
 }
 
 // Bytes of shared memory that finish_range needs; finish_split has all that x and the weight had.
-template <int kWarpsM, int kWarpsK>
-__device__ constexpr u32 finish_bytes() {
-  if (kSplit > 1) return 0;
-  constexpr bool kShared = kHalves<kWarpsK>;
-  constexpr u32 kSums = kShared ? exchange_bytes() : scratch_bytes(kWarpsK);
-  constexpr u32 kLines = kWarpsM * (kShared ? kWarpsK : 1) / 4 * kLinesBytes;
-  return kSums > kLines ? kSums : kLines;
-}
+__device__ constexpr u32 finish_bytes(int warps) { return kSplit > 1 ? 0 : warps / 4 * kLinesBytes; }
 
 // Ends a segment of a range. CTAs leave partial sums but for the last that comes to the end of the strip: it adds them to its own,
 // in the order of the ranges, and writes y. It waits for CTAs that have come there, which wait for nobody; never for one that may
-// not have started. All consumer warps call it.
+// not have started. All consumer warps call it, and two along k share what there is to do, half of the tokens each.
 template <int kWarpsM, int kWarpsK, int kBandsAWarp>
 __device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 flag,
                                              const WarpPlace& place) {
-  constexpr bool kShared = kHalves<kWarpsK>;  // warps along k share what follows
-  constexpr int kOwn = kShared ? kTiles / 2 : kTiles, kThreads = kWarpsM * kWarpsK * 32, kFinishing = kShared ? kThreads : kWarpsM * 32;
-  const int lane = place.lane, band = place.warp_m * kBandsAWarp, tile = kShared ? place.warp_k * kOwn : 0;
+  static_assert(kWarpsK <= 2);
+  constexpr int kOwn = kTiles / kWarpsK, kThreads = kWarpsM * kWarpsK * 32;
+  const int lane = place.lane, band = place.warp_m * kBandsAWarp, tile = place.warp_k * kOwn;
   const bool leader = place.warp_k == 0 && place.warp_m == 0 && lane == 0;
   const Range range = own_range(p);
   const bool whole = covers(p, range, strip);
   u32* const word = p.arrivals + strip;
   u32 earlier = 0;
   if (leader && !whole) earlier = come(word);
-  if constexpr (kShared) {
-    exchange<kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
-  } else {
-    sum_warps<kWarpsK, kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
+  if constexpr (kWarpsK == 2) exchange<kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
+  const Partials partials(p, strip);
+  const int fragment = fragment_index(band, tile, lane);
+  bool last = true;
+  if (!whole) {
+    flag += 4 * is_second(p, range, strip);  // each is written once: nothing else keeps it until all have read it
+    last = is_last<kBarrierOfSums>(word, earlier, partials.count, leader, flag, kThreads);
+  } else if constexpr (kWarpsK == 2) {
+    named_barrier<kBarrierOfSums>(kThreads);  // `scratch` has been read
   }
-  if (kShared || place.warp_k == 0) {
-    const Partials partials(p, strip);
-    const int fragment = fragment_index(band, tile, lane);
-    bool last = true;
-    if (!whole) {
-      flag += 4 * is_second(p, range, strip);  // each is written once: nothing else keeps it until all have read it
-      last = is_last<kBarrierOfSums>(word, earlier, partials.count, leader, flag, kFinishing);
-    } else if constexpr (kWarpsK > 1) {
-      named_barrier<kBarrierOfSums>(kFinishing);  // `scratch` has been read
-    }
-    if (last) {
-      if (partials.count > 1) add_partials<kOwn, kBandsAWarp>(acc, partials, range.index - partials.first, fragment);
-      const int warp = tile ? kWarpsM + place.warp_m : place.warp_m;
-      store_sums<kOwn, kBandsAWarp>(p, acc, row_block_of(p, strip) * kChunkRows + place.warp_m / 4 * 64 * kBandsAWarp,
-                                    first_token_of(p, strip) + tile * 8, scratch + warp / 4 * kLinesBytes, warp, lane);
-    } else {
-      leave_partial<kOwn>(partial_of(p, range, strip) + fragment, acc);
-      named_barrier<kBarrierOfSums>(kFinishing);
-      if (leader) leave(word);
-    }
+  if (last) {
+    if (partials.count > 1) add_partials<kOwn, kBandsAWarp>(acc, partials, range.index - partials.first, fragment);
+    const int warp = place.warp_k * kWarpsM + place.warp_m;
+    store_sums<kOwn, kBandsAWarp>(p, acc, row_block_of(p, strip) * kChunkRows + place.warp_m / 4 * 64 * kBandsAWarp,
+                                  first_token_of(p, strip) + tile * 8, scratch + warp / 4 * kLinesBytes, warp, lane);
+  } else {
+    leave_partial<kOwn>(partial_of(p, range, strip) + fragment, acc);
+    named_barrier<kBarrierOfSums>(kThreads);
+    if (leader) leave(word);
   }
   // Not clear(): the compiler would set other registers to zero beforehand, and spill these.
 #pragma unroll
