@@ -340,6 +340,21 @@ def test_any_number_of_ctas(tokens: int, sm_count: int) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("shape", [(30000, 500), (24000, 700), (11000, 1300), (4200, 2500)])
+@pytest.mark.parametrize("tokens", [1, 16, 40, 48, 64, 128, 176, 320])
+def test_short_segments(tokens: int, shape: tuple[int, int]) -> None:
+    """Of one to five chunks: x of a range's last one is copied before its first segment has ended."""
+    w = random_weight(*shape, 0.4)
+    weight = packed(w)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+    make = hopper_config if tokens <= MAX_NARROW else wide_config
+    config = make(ChunkGrid.of(*shape), int(0.4 * w.numel()), tokens, device_traits(0))
+    y = fused(x, weight, config)
+    check(y, x, w)
+    for _ in range(50):
+        assert torch.equal(fused(x, weight, config), y)
+
+
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700), (17000, 300)])
 @pytest.mark.parametrize("tokens", [1, 9, 20, 32, 33, 40, 47, 64, 80, 90, 112, 128, 140, 171, 203, 250, 270, 320])
 def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:

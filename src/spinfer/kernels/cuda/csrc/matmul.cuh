@@ -186,34 +186,6 @@ __device__ __forceinline__ void leave_partial(float4* partial, const float (&acc
     for (int n = 0; n < kOwn; n++) __stcg(partial + (r * kTiles + n) * 32, as_float4(acc[r][n]));
 }
 
-// A strip's word of `arrivals`: below, how many CTAs have come to its end; above, how many of them have left their sums.
-constexpr u32 kLeft = 1u << 16;
-__device__ __forceinline__ u32 come(u32* word) {
-  u32 before;
-  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
-  return before % kLeft;
-}
-__device__ __forceinline__ void leave(u32* word) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(kLeft) : "memory");
-}
-// Whether a CTA that found `earlier` others there is the last of `count`; if so waits until the others have left their sums.
-__device__ __forceinline__ bool take_turn(u32* word, u32 earlier, int count) {
-  const u32 others = static_cast<u32>(count) - 1;
-  if (earlier != others) return false;
-  u32 now;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
-  while (now / kLeft != others);
-  *word = 0;  // for the next launch
-  return true;
-}
-// The same, told by the leader, who knows of the others, to all `threads` threads by way of `flag` in shared memory.
-template <int kBarrier>
-__device__ __forceinline__ bool is_last(u32* word, u32 earlier, int count, bool leader, u32 flag, int threads) {
-  if (leader) sts_u32(flag, take_turn(word, earlier, count));
-  named_barrier<kBarrier>(threads);
-  return lds_u32(flag);
-}
-
 // Whether a range has all of a strip.
 __device__ __forceinline__ bool covers(const MatmulArgs& p, const Range& range, i32 strip) {
   const i32 first = first_unit(p, strip);

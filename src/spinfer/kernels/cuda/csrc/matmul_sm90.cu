@@ -8,6 +8,7 @@
 //
 // 16 consumer warps, one block of each chunk a warp. More than 40 tokens: matmul_wide_sm90.cu, but for up to 48 with pairs of
 // CTAs and chunks of 64 rows.
+#include "arrivals.cuh"
 #include "common.cuh"
 #include "decode.cuh"
 #include "layout.cuh"
@@ -26,8 +27,8 @@ constexpr u32 kXBytes = kBlocksK * kBoxBytes;     // the columns of one chunk
 
 // Addresses in shared memory, after those of sm90.cuh. All but the ring's are constants from the start: registers are short.
 constexpr u32 kXLanded = kFree;  // of each slot
-constexpr u32 kFlag = kXLanded + kSlotStride * kSlots;
-constexpr u32 kReceived = kFlag + 16, kCredit = kReceived + 8;  // with kSplit: barriers of partial sums, see finish_split
+constexpr u32 kFlags = kXLanded + kSlotStride * kSlots;
+constexpr u32 kReceived = kFlags + 16, kCredit = kReceived + 8;  // with kSplit: barriers of partial sums, see finish_split
 constexpr u32 kScratch = 1024;
 constexpr u32 kPartialSums = kScratch + kConsumerWarps * 2 * 512;  // of the other CTAs of the cluster
 constexpr u32 kX = kPartialSums + (kSplit - 1) * kPartialFloats * 4;  // 1024-byte aligned, for the swizzle
@@ -56,6 +57,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
           " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + box * kXBytes + lane * kBoxBytes),
           "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(landed), "l"(kEvictLast)
           : "memory");
+    if (chunk_k + 1 == work.k_end() || i + 1 == work.count) comes_to_end(p, work.at(i).strip);
     if (++chunk_k == work.k_end()) chunk_k = work.k_begin;
     if (++box == p.boxes) box = 0;
   }
@@ -155,7 +157,7 @@ struct Consumer {
       const int band = block() - n * kBands % kConsumerWarps;
       if (band >= 0 && band < kBands) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll (kWarpsK / 2)
+#pragma unroll
         for (int q = 0; q < kWarpsK; q++) add(sum, lds_float4(scratch + (q * kBands + band) * 512));
         own[n * kBands / kConsumerWarps] = sum;
       }
@@ -215,17 +217,13 @@ struct Consumer {
   __device__ __forceinline__ void finish_range(i32 strip) {
     const Range range = own_range(p);
     const bool whole = covers(p, range, strip);
-    u32* const word = p.arrivals + strip;
-    u32 earlier = 0;
-    if (thread == 0 && !whole) earlier = come(word);
     float4 own[kOwn];
     sum_own(own);
     if (!whole) {
       const Partials partials(p, strip);
-      if (!is_last<1>(word, earlier, partials.count, thread == 0, start + kFlag, kConsumers)) {
+      if (!adds_up<kConsumers>(p, range, strip, start + kFlags)) {
         each_own([&](int i, int f) { __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]); });
-        named_barrier<1>(kConsumers);
-        if (thread == 0) leave(word);
+        leaves_sums<kConsumers>();
         return;
       }
       const int mine = range.index - partials.first;
@@ -291,6 +289,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (warp == kConsumerWarps) producer.run();
     if (warp == kConsumerWarps + 1) produce_x(p, &args.x_map, start, work, lane);
+    if (kSplit == 1 && warp == kConsumerWarps + 2) take_turns<kConsumers>(p, work, start + kFlags, lane);
     if constexpr (kSplit > 1) cluster_wait();
   } else {
     cta_barrier();

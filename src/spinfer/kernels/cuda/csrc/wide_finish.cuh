@@ -1,6 +1,7 @@
 // How the sums of matmul_wide_sm90.cu become y: added up over the warps along k and the CTAs that share a strip, then written in
 // whole lines.
 #pragma once
+#include "arrivals.cuh"
 #include "common.cuh"
 #include "layout.cuh"
 #include "lines.cuh"
@@ -12,7 +13,6 @@ struct WarpPlace {
   int warp_m, warp_k, lane;
 };
 
-constexpr int kBarrierOfSums = 2;
 __device__ __forceinline__ i32 y_stride_of(const MatmulArgs& p) { return p.out_features; }
 __device__ __forceinline__ i32 rows_of(const MatmulArgs& p) { return p.out_features; }
 
@@ -105,40 +105,36 @@ __device__ __forceinline__ void exchange(float (&acc)[kBandsAWarp][kTiles][4], u
 // Bytes of shared memory that finish_range needs; finish_split has all that x and the weight had.
 __device__ constexpr u32 finish_bytes(int warps) { return kSplit > 1 ? 0 : warps / 4 * kLinesBytes; }
 
-// Ends a segment of a range. CTAs leave partial sums but for the last that comes to the end of the strip: it adds them to its own,
-// in the order of the ranges, and writes y. It waits for CTAs that have come there, which wait for nobody; never for one that may
-// not have started. All consumer warps call it, and two along k share what there is to do, half of the tokens each.
+// Ends a segment of a range. CTAs leave partial sums but for the last that comes to the end of the strip (arrivals.cuh): it adds them
+// to its own, in the order of the ranges, and writes y. All consumer warps call it, and two along k share what there is to do, half
+// of the tokens each.
 template <int kWarpsM, int kWarpsK, int kBandsAWarp>
-__device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 flag,
+__device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 flags,
                                              const WarpPlace& place) {
   static_assert(kWarpsK <= 2);
   constexpr int kOwn = kTiles / kWarpsK, kThreads = kWarpsM * kWarpsK * 32;
   const int lane = place.lane, band = place.warp_m * kBandsAWarp, tile = place.warp_k * kOwn;
-  const bool leader = place.warp_k == 0 && place.warp_m == 0 && lane == 0;
   const Range range = own_range(p);
   const bool whole = covers(p, range, strip);
-  u32* const word = p.arrivals + strip;
-  u32 earlier = 0;
-  if (leader && !whole) earlier = come(word);
   if constexpr (kWarpsK == 2) exchange<kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
-  const Partials partials(p, strip);
   const int fragment = fragment_index(band, tile, lane);
   bool last = true;
   if (!whole) {
-    flag += 4 * is_second(p, range, strip);  // each is written once: nothing else keeps it until all have read it
-    last = is_last<kBarrierOfSums>(word, earlier, partials.count, leader, flag, kThreads);
+    last = adds_up<kThreads>(p, range, strip, flags);
   } else if constexpr (kWarpsK == 2) {
-    named_barrier<kBarrierOfSums>(kThreads);  // `scratch` has been read
+    named_barrier<2>(kThreads);  // `scratch` has been read
   }
   if (last) {
-    if (partials.count > 1) add_partials<kOwn, kBandsAWarp>(acc, partials, range.index - partials.first, fragment);
+    if (!whole) {
+      const Partials partials(p, strip);
+      add_partials<kOwn, kBandsAWarp>(acc, partials, range.index - partials.first, fragment);
+    }
     const int warp = place.warp_k * kWarpsM + place.warp_m;
     store_sums<kOwn, kBandsAWarp>(p, acc, row_block_of(p, strip) * kChunkRows + place.warp_m / 4 * 64 * kBandsAWarp,
                                   first_token_of(p, strip) + tile * 8, scratch + warp / 4 * kLinesBytes, warp, lane);
   } else {
     leave_partial<kOwn>(partial_of(p, range, strip) + fragment, acc);
-    named_barrier<kBarrierOfSums>(kThreads);
-    if (leader) leave(word);
+    leaves_sums<kThreads>();
   }
   // Not clear(): the compiler would set other registers to zero beforehand, and spill these.
 #pragma unroll
