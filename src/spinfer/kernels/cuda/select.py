@@ -12,7 +12,6 @@ from types import MappingProxyType
 
 from spinfer.kernels.cuda.configs import (
     CHUNKS_WANTED,
-    FEW,
     MANY,
     MOST_OF_TWINS,
     PANEL_ROWS,
@@ -32,8 +31,9 @@ from spinfer.kernels.cuda.configs import (
 )
 from spinfer.kernels.cuda.layout import ChunkGrid
 
-_LEAST_WIDE, _NARROW_LEAST_BUSY = 33, 0.6
-"""Tokens from which csrc/matmul_wide_sm90.cu may be faster than csrc/matmul_sm90.cu; see _narrow_pays."""
+_LEAST_WIDE, _FEW_NARROW_CHUNKS = 33, 8
+"""Tokens from which csrc/matmul_wide_sm90.cu may be faster than csrc/matmul_sm90.cu, and how many chunks a CTA has at
+most for it to be; see _narrow_pays."""
 
 _TWIN_CHUNKS_A_CTA = 2
 """Chunks of 64 rows a CTA from which twins are faster, all passes counted. On an H200 at 60 % and 256 tokens
@@ -43,7 +43,7 @@ _LEAST_DECODED, _LEAST_STAGED, MOST_FUSED_TOKENS = 257, 513, 1024
 """Tokens from which decoding first or staging may be faster than the fused kernels on Hopper, and up to which these
 may be."""
 
-_PASS_US_A_TOKEN, _PASS_US_A_NONZERO, _LATER_TWIN_PASS, _FUSED_MORE_US = 0.0028e-6, 0.37e-6, 0.1, 6.0
+_PASS_US_A_TOKEN, _PASS_US_A_NONZERO, _LATER_TWIN_PASS, _FUSED_MORE_US = 0.0027e-6, 0.37e-6, 0.1, 6.0
 _STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 1.56e-3, 4.04e-5, 8.5, 0.051
 _STAGING_US, _TOGETHER = 2.4e-6, 5.2
 _DECODED_US, _DECODED_US_A_TOKEN, _DECODED_US_A_NONZERO, _MOST_DECODED = 0.4e-6, 0.0029e-6, 1.0e-6, 32_000_000
@@ -56,8 +56,7 @@ _MOST_PORTABLE = 64
 _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
 
-_WIDE_US, _WIDE_US_A_TOKEN = 0.31e-6, 0.0021e-6
-_FEW_SPLIT_SAVES_US_A_TOKEN, _MANY_SPLIT_SAVES_US_A_TOKEN, _WIDE_SPLIT_COSTS_US = 0.12, 0.06, 2.0
+_WIDE_US_A_CHUNK, _WIDE_SPLIT_SAVES_US_A_TOKEN = 1.2, 0.01
 """Of an H200; see _wide_split_pays."""
 
 _BYTES_A_US, _WEIGHTS_A_US = 4.2e6, 4.0e6
@@ -107,11 +106,10 @@ def narrow_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, 
 def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by_cost: bool) -> bool:
     """Whether csrc/matmul_sm90.cu is faster than csrc/matmul_wide_sm90.cu.
 
-    From 33 tokens on x leaves less of shared memory to its ring, and what counts is whether that holds four chunks, or
-    all that a CTA has. Measured on an H200 at 40 tokens, 32 shapes: with so many it takes 0.85 to 1.02 of the time, and
-    1.00 to 1.16 with fewer (28672 x 8192: 91.7 us instead of 101.0 at 60 %, 120.5 instead of 113.3 at 40 %). At 48, in
-    pairs with chunks of 64 rows, 4096 x 14336 takes 30.1 instead of 33.9 at 70 %, 35.4 instead of 34.2 at 60 %; pairs
-    that leave half of the multiprocessors idle up to 1.2 of the time (2048 x 8192).
+    From 33 tokens on x leaves less of shared memory to its ring, and what counts is whether that holds four chunks; and
+    it takes less for a chunk, but more to end. Measured on an H200 at 40 tokens, and at 48 in pairs with chunks of 64
+    rows, 32 shapes, 50 to 70 % zeros: what this chooses takes 0.2 % more than the faster of the two on average, 2.7 %
+    at most (28672 x 8192 at 40 tokens: 90 us, not 98; 5120 x 5120, with 6 chunks a CTA, 19.6, not 21.0).
     """
     if tokens < _LEAST_WIDE:
         return True
@@ -120,9 +118,8 @@ def _narrow_pays(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, b
     narrow = narrow_choice(grid, nnz, tokens, traits, by_cost)
     if tokens > most_narrow(grid, narrow.split):
         return False
-    busy = narrow.ctas >= _NARROW_LEAST_BUSY * traits.sm_count
-    chunks = min(CHUNKS_WANTED, -(-grid.chunks // narrow.ctas))
-    return busy and narrow.ring_nbytes >= chunks * grid.mean_chunk_nbytes(nnz)
+    four_fit = narrow.ring_nbytes >= CHUNKS_WANTED * grid.mean_chunk_nbytes(nnz)
+    return four_fit and grid.chunks > _FEW_NARROW_CHUNKS * narrow.ctas
 
 
 def _nbytes(grid: ChunkGrid, nnz: int) -> int:
@@ -164,16 +161,14 @@ def wide_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by
 def _wide_split_pays(grid: ChunkGrid, tile: int, traits: DeviceTraits) -> bool:
     """Whether pairs of CTAs, a row block each, are faster than ranges of chunks.
 
-    Fitted to 32 shapes, 30 to 70 % zeros and 48 to 320 tokens on an H200, where a weight takes _WIDE_US and for each
-    token _WIDE_US_A_TOKEN: what this chooses takes 0.1 % more than the faster of the two on average, 5 % at most. 64
-    row blocks for 66 pairs are up to 19 % faster, 40 (5120 x 5120) 2 to 13 % slower up to 256 tokens.
+    They save less than a chunk takes, so where ranges have one chunk less they are faster but for many tokens. Fitted
+    to 18 shapes, 50 to 70 % zeros and 48 to 320 tokens on an H200: what this chooses takes 0.1 % more than the faster
+    of the two on average, 5 % at most.
     """
-    pairs = traits.sm_count // 2
-    if grid.chunks_k < 2 or grid.row_blocks > pairs:
+    if grid.chunks_k < 2 or grid.row_blocks > traits.sm_count // 2:
         return False
-    us = grid.out_features * grid.in_features * (_WIDE_US + _WIDE_US_A_TOKEN * tile)
-    a_token = _FEW_SPLIT_SAVES_US_A_TOKEN if tile <= FEW else _MANY_SPLIT_SAVES_US_A_TOKEN
-    return us * (pairs / grid.row_blocks - 1) < a_token * tile - _WIDE_SPLIT_COSTS_US
+    more_chunks = -(-grid.chunks_k // 2) - -(-grid.chunks // range_count(grid, traits))
+    return more_chunks * _WIDE_US_A_CHUNK < _WIDE_SPLIT_SAVES_US_A_TOKEN * tile
 
 
 def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
