@@ -7,9 +7,15 @@
 #include "matmul.cuh"
 #include "sm90.cuh"
 
-// Named barriers, after those of lines.cuh. The first have one more each, for the second of the two segments of a range that may not
-// cover their strips: x is copied so far ahead that its end may be told of before the first has ended.
-constexpr int kBarriersOfEnd = 8, kBarriersOfTurn = 10, kBarrierOfSums = 12;
+// In shared memory, for each of the two segments of a range that may not cover their strips: barriers, which complete once a launch,
+// of its end coming and of the answer, and the answer, whether this CTA adds the sums up.
+constexpr u32 kEndComes = 0, kAnswered = 16, kAnswer = 32, kArrivalsBytes = 48;
+constexpr int kBarrierOfSums = 8;  // a named one, after those of lines.cuh
+
+// One thread calls it; `at` is where these are.
+__device__ __forceinline__ void init_arrivals(u32 at) {
+  for (int i = 0; i < 4; i++) mbarrier_init(at + 8 * i, 1);
+}
 
 // A strip's word of `arrivals`: below, how many CTAs have come to its end; above, how many of them have left their sums.
 constexpr u32 kLeft = 1u << 16;
@@ -31,9 +37,9 @@ __device__ __forceinline__ bool comes_last(u32* word, int count) {
   return true;
 }
 
-// What that warp does, beside kConsumers threads that multiply; `flags`: a word in shared memory for each of the two segments.
+// What that warp does, beside kConsumers threads that multiply.
 template <int kConsumers>
-__device__ __forceinline__ void take_turns(const MatmulArgs& p, const Work& work, u32 flags, int lane) {
+__device__ __forceinline__ void take_turns(const MatmulArgs& p, const Work& work, u32 at, int lane) {
   wait_for_predecessor();  // it may still use `arrivals`
   const Range range = own_range(p);
   const i32 first = work.at(0).strip, end = work.at(work.count - 1).strip;
@@ -42,15 +48,14 @@ __device__ __forceinline__ void take_turns(const MatmulArgs& p, const Work& work
     const i32 strip = i ? end : first;
     if (covers(p, range, strip)) continue;
     u32* const word = p.arrivals + strip;
-    named_barrier(kBarriersOfEnd + i, 64);
+    mbarrier_wait(at + kEndComes + 8 * i, 0);
     bool last = false;
     if (lane == 0) {
       last = comes_last(word, Partials(p, strip).count);
-      sts_u32(flags + 4 * i, last);
+      sts_u32(at + kAnswer + 4 * i, last);
+      mbarrier_arrive(at + kAnswered + 8 * i);
     }
-    last = __shfl_sync(~0u, last, 0);
-    barrier_arrive(kBarriersOfTurn + i, kConsumers + 32);
-    if (!last) {
+    if (!__shfl_sync(~0u, last, 0)) {
       named_barrier<kBarrierOfSums>(kConsumers + 32);
       if (lane == 0) leave(word);
     }
@@ -58,19 +63,18 @@ __device__ __forceinline__ void take_turns(const MatmulArgs& p, const Work& work
 }
 
 // The warp that copies x tells it of the last chunk of a segment.
-__device__ __forceinline__ void comes_to_end(const MatmulArgs& p, i32 strip) {
+__device__ __forceinline__ void comes_to_end(const MatmulArgs& p, i32 strip, u32 at, int lane) {
   const Range range = own_range(p);
-  if (kSplit == 1 && !covers(p, range, strip)) barrier_arrive(kBarriersOfEnd + is_second(p, range, strip), 64);
+  if (kSplit == 1 && lane == 0 && !covers(p, range, strip)) mbarrier_arrive(at + kEndComes + 8 * is_second(p, range, strip));
 }
 // Those that multiply ask at the end of a segment that does not cover its strip whether they are to add the others' sums to theirs,
-template <int kConsumers>
-__device__ __forceinline__ bool adds_up(const MatmulArgs& p, const Range& range, i32 strip, u32 flags) {
+__device__ __forceinline__ bool adds_up(const MatmulArgs& p, const Range& range, i32 strip, u32 at) {
   const int second = is_second(p, range, strip);
-  named_barrier(kBarriersOfTurn + second, kConsumers + 32);
-  return lds_u32(flags + 4 * second);
+  mbarrier_wait(at + kAnswered + 8 * second, 0);
+  return lds_u32(at + kAnswer + 4 * second);
 }
 // and if not, say that they have left them.
 template <int kConsumers>
 __device__ __forceinline__ void leaves_sums() {
-  barrier_arrive(kBarrierOfSums, kConsumers + 32);
+  barrier_arrive<kBarrierOfSums>(kConsumers + 32);
 }

@@ -121,12 +121,10 @@ template <int kBarrier>
 __device__ __forceinline__ void named_barrier(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
-// The same, of a barrier that is known only when it is used; and without waiting for the others.
-__device__ __forceinline__ void named_barrier(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+// The same, without waiting for the others.
+template <int kBarrier>
+__device__ __forceinline__ void barrier_arrive(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
 // Whether this is the last of `count` to arrive; then the counter is zero again. Releases what all threads wrote before a barrier

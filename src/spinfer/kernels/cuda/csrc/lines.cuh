@@ -7,7 +7,7 @@ constexpr int kBarrierOfGroup = 3;  // of the first warpgroup; those of the othe
 constexpr u32 kLinesBytes = 4096;   // two buffers of a warpgroup
 
 __device__ __forceinline__ void group_barrier(int warp) {
-  named_barrier(kBarrierOfGroup + (warp >> 2), 128);
+  asm volatile("bar.sync %0, 128;" ::"r"(kBarrierOfGroup + (warp >> 2)) : "memory");
 }
 
 // Writes 64 kEach rows x 16 / kEach tokens of y. A warpgroup calls it; warp w of it has, for lane 4 g + t, rows g, g, g + 8, g + 8

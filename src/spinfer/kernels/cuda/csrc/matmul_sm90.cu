@@ -27,8 +27,8 @@ constexpr u32 kXBytes = kBlocksK * kBoxBytes;     // the columns of one chunk
 
 // Addresses in shared memory, after those of sm90.cuh. All but the ring's are constants from the start: registers are short.
 constexpr u32 kXLanded = kFree;  // of each slot
-constexpr u32 kFlags = kXLanded + kSlotStride * kSlots;
-constexpr u32 kReceived = kFlags + 16, kCredit = kReceived + 8;  // with kSplit: barriers of partial sums, see finish_split
+constexpr u32 kArrivalsAt = kXLanded + kSlotStride * kSlots;
+constexpr u32 kReceived = kArrivalsAt + kArrivalsBytes, kCredit = kReceived + 8;  // with kSplit: barriers of partial sums, see finish_split
 constexpr u32 kScratch = 1024;
 constexpr u32 kPartialSums = kScratch + kConsumerWarps * 2 * 512;  // of the other CTAs of the cluster
 constexpr u32 kX = kPartialSums + (kSplit - 1) * kPartialFloats * 4;  // 1024-byte aligned, for the swizzle
@@ -57,7 +57,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
           " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + box * kXBytes + lane * kBoxBytes),
           "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(landed), "l"(kEvictLast)
           : "memory");
-    if (chunk_k + 1 == work.k_end() || i + 1 == work.count) comes_to_end(p, work.at(i).strip);
+    if (chunk_k + 1 == work.k_end() || i + 1 == work.count) comes_to_end(p, work.at(i).strip, start + kArrivalsAt, lane);
     if (++chunk_k == work.k_end()) chunk_k = work.k_begin;
     if (++box == p.boxes) box = 0;
   }
@@ -221,7 +221,7 @@ struct Consumer {
     sum_own(own);
     if (!whole) {
       const Partials partials(p, strip);
-      if (!adds_up<kConsumers>(p, range, strip, start + kFlags)) {
+      if (!adds_up(p, range, strip, start + kArrivalsAt)) {
         each_own([&](int i, int f) { __stcg(partial_of(p, range, strip) + f * 32 + lane(), own[i]); });
         leaves_sums<kConsumers>();
         return;
@@ -269,6 +269,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
     init_slots(start, kConsumerWarps);
+    init_arrivals(start + kArrivalsAt);
     for (int i = 0; i < kSlots; i++) mbarrier_init(start + kXLanded + kSlotStride * i, 1);
     if constexpr (kSplit > 1) {
       mbarrier_init(start + kReceived, 1);
@@ -289,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     if (warp == kConsumerWarps) producer.run();
     if (warp == kConsumerWarps + 1) produce_x(p, &args.x_map, start, work, lane);
-    if (kSplit == 1 && warp == kConsumerWarps + 2) take_turns<kConsumers>(p, work, start + kFlags, lane);
+    if (kSplit == 1 && warp == kConsumerWarps + 2) take_turns<kConsumers>(p, work, start + kArrivalsAt, lane);
     if constexpr (kSplit > 1) cluster_wait();
   } else {
     cta_barrier();

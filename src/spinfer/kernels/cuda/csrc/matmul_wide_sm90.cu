@@ -42,10 +42,10 @@ constexpr int kMaxBoxes = 16;
 
 // Addresses in shared memory, after those of sm90.cuh.
 constexpr u32 kBoxLanded = kFree, kBoxEmpty = kBoxLanded + 8 * kMaxBoxes;
-constexpr u32 kFlags = kBoxEmpty + 8 * kMaxBoxes;
+constexpr u32 kArrivalsAt = kBoxEmpty + 8 * kMaxBoxes;
 constexpr u32 kScratch = 1024;
 constexpr u32 kX = kScratch + finish_bytes(kConsumerWarps);  // 1024-byte aligned, for the swizzle
-static_assert(kFlags + 16 <= kScratch && kX % 1024 == 0);
+static_assert(kArrivalsAt + kArrivalsBytes <= kScratch && kX % 1024 == 0);
 
 // Copies the boxes of x that go with each chunk, in the order in which consumers use them: warp_k fastest.
 __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* map, const u32 start, const Work& work, int lane) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
       __syncwarp();
       if (++slot == p.boxes) slot = 0, parity ^= 1;
     }
-    if (place.k + 1 == work.k_end() || done + 1 == work.count) comes_to_end(p, place.strip);
+    if (place.k + 1 == work.k_end() || done + 1 == work.count) comes_to_end(p, place.strip, start + kArrivalsAt, lane);
     if (++place.k == work.k_end()) place = {place.strip + work.strip_step, 0};
   }
 }
@@ -229,7 +229,7 @@ struct Consumer {
           wait_for_predecessor();  // it may still use the partials, or read y
           const WarpPlace place{warp_m, warp_k, lane};
           if constexpr (kSplit > 1) return finish_split<kWarpsM, kWarpsK>(p, acc, note.strip, start + kX, place);
-          finish_range<kWarpsM, kWarpsK>(p, acc, note.strip, start + kScratch, start + kFlags, place);
+          finish_range<kWarpsM, kWarpsK>(p, acc, note.strip, start + kScratch, start + kArrivalsAt, place);
         }
         mbarrier_wait(start + kLanded + kSlotStride * slot, parity);
         if (read_note(start + kNotes + kSlotStride * slot).flags & kEndOfWork) return;
@@ -248,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
     init_slots(start, kConsumerWarps);
+    init_arrivals(start + kArrivalsAt);
     for (int i = 0; i < p.boxes; i++) {
       mbarrier_init(start + kBoxLanded + 8 * i, 1);
       mbarrier_init(start + kBoxEmpty + 8 * i, kArrivals * kWarpsM * kTwins);
@@ -268,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
       cluster_wait();  // the twin's barriers are ready
     }
     if (warp == kConsumerWarps + 1) produce_x(p, &args.x_map, start, work, lane);
-    if (kSplit == 1 && warp == kConsumerWarps + 2) take_turns<kConsumerWarps * 32>(p, work, start + kFlags, lane);
+    if (kSplit == 1 && warp == kConsumerWarps + 2) take_turns<kConsumerWarps * 32>(p, work, start + kArrivalsAt, lane);
   } else {
     cta_barrier();
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));

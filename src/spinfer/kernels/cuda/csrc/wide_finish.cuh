@@ -109,7 +109,7 @@ __device__ constexpr u32 finish_bytes(int warps) { return kSplit > 1 ? 0 : warps
 // to its own, in the order of the ranges, and writes y. All consumer warps call it, and two along k share what there is to do, half
 // of the tokens each.
 template <int kWarpsM, int kWarpsK, int kBandsAWarp>
-__device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 flags,
+__device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 scratch, u32 arrivals,
                                              const WarpPlace& place) {
   static_assert(kWarpsK <= 2);
   constexpr int kOwn = kTiles / kWarpsK, kThreads = kWarpsM * kWarpsK * 32;
@@ -118,13 +118,8 @@ __device__ __forceinline__ void finish_range(const MatmulArgs& p, float (&acc)[k
   const bool whole = covers(p, range, strip);
   if constexpr (kWarpsK == 2) exchange<kBandsAWarp>(acc, scratch, band, place.warp_k, lane, kThreads);
   const int fragment = fragment_index(band, tile, lane);
-  bool last = true;
-  if (!whole) {
-    last = adds_up<kThreads>(p, range, strip, flags);
-  } else if constexpr (kWarpsK == 2) {
-    named_barrier<2>(kThreads);  // `scratch` has been read
-  }
-  if (last) {
+  if (whole || adds_up(p, range, strip, arrivals)) {
+    if constexpr (kWarpsK == 2) named_barrier<2>(kThreads);  // `scratch` has been read
     if (!whole) {
       const Partials partials(p, strip);
       add_partials<kOwn, kBandsAWarp>(acc, partials, range.index - partials.first, fragment);
