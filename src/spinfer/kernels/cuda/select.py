@@ -43,7 +43,8 @@ _LEAST_DECODED, _LEAST_STAGED, MOST_FUSED_TOKENS = 257, 513, 1024
 """Tokens from which decoding first or staging may be faster than the fused kernels on Hopper, and up to which these
 may be."""
 
-_PASS_US_A_TOKEN, _PASS_US_A_NONZERO, _LATER_TWIN_PASS, _FUSED_MORE_US = 0.0027e-6, 0.37e-6, 0.1, 6.0
+_PASS_US, _PASS_US_A_TOKEN, _PASS_US_A_NONZERO = 0.05e-6, 0.0028e-6, 0.2e-6
+_LATER_TWIN_PASS, _FUSED_MORE_US = 0.1, 6.0
 _STAGED_US_A_COLUMN, _STAGED_US_A_COLUMN_TOKEN, _STAGED_MORE_US, _SHARING_US_A_TOKEN = 1.56e-3, 4.04e-5, 8.5, 0.051
 _STAGING_US, _TOGETHER = 2.4e-6, 5.2
 _DECODED_US, _DECODED_US_A_TOKEN, _DECODED_US_A_NONZERO, _MOST_DECODED = 0.4e-6, 0.0029e-6, 1.0e-6, 32_000_000
@@ -180,7 +181,7 @@ def _twins_pay(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
 
 def _fused_us(grid: ChunkGrid, nnz: int, config: WideConfig) -> float:
     weights = grid.out_features * grid.in_features
-    each = weights * _PASS_US_A_TOKEN * config.tokens + nnz * _PASS_US_A_NONZERO
+    each = weights * (_PASS_US + _PASS_US_A_TOKEN * config.tokens) + nnz * _PASS_US_A_NONZERO
     # 4096 x 14336 at 60 % takes 101 us by twins for 512 tokens, two passes, and 172 for 768.
     slower = 1 + _LATER_TWIN_PASS * (config.passes - 2) if config.twins > 1 else 1
     return config.passes * each * slower + _FUSED_MORE_US
@@ -223,7 +224,7 @@ def _many_tokens(
     Its passes decode the weight several times; staging decodes once, in its own time; decoding first, for cuBLAS, takes
     as long as writing the dense weight, which is little of small matrices. Estimates, fitted to 32 shapes of 4 to 470
     million weights, 50, 60 and 70 % zeros and 300 to 8,192 tokens on an H200: what they choose takes 0.2 % more than
-    the fastest on average, 14 % at most. From 33 million weights on decoding first gains nothing, or little: 10 % at
+    the fastest on average, 17 % at most. From 33 million weights on decoding first gains nothing, or little: 10 % at
     most.
     """
     tiles = staged_tiles(tokens) if tokens >= _LEAST_STAGED else []
