@@ -16,11 +16,11 @@ _NARROW_SCRATCH_NBYTES = 16 * 1024
 """What its 16 warps add up through at a time: 8 tokens of 32 rows each."""
 
 WIDE_TILES = tuple(range(48, 321, 16))
-FEW, MANY, MOST_OF_TWINS = 64, 128, 288
-"""Up to FEW tokens a pass 16 warps of one tile are as fast as 8 of two, or up to 3 % faster, and need fewer registers;
-with chunks of 64 rows 8 warps of one tile are, by 3 to 5 % (H200, 50 to 70 %, nine shapes). Beyond MANY 8 warps hold
-one tile each, and chunks of 64 rows go to twins, or to passes of MANY. Of more than MOST_OF_TWINS tokens their four
-boxes would leave no room for a dense chunk."""
+_FEW, MANY, MOST_OF_TWINS = 64, 128, 288
+"""Up to _FEW tokens a pass 16 warps of one tile are as fast as 8 of two, or up to 3 % faster; but with chunks of 64
+rows 8 of one tile are faster than 16, by 3 to 5 % (H200, 50 to 70 %, nine shapes). Beyond MANY 8 warps hold one tile
+each, and chunks of 64 rows go to twins, or to passes of MANY. Of more than MOST_OF_TWINS tokens their four boxes would
+leave no room for a dense chunk."""
 
 MOST_COPIED_TOKENS = 256
 """What one copy by TMA may have of x, and one wgmma."""
@@ -257,7 +257,7 @@ def wide_config(
     each = -(-tokens // -(-tokens // tiles[-1]))
     tile = next(tile for tile in tiles if tile >= each)
     box = tile * 128
-    warps = 16 if tile <= FEW and grid.blocks_m > 2 else 8
+    warps = 16 if tile <= _FEW and grid.blocks_m > 2 else 8
     bands = 1 if warps == 16 or grid.blocks_m == 2 or tile > MANY else 2
     warps_k = warps // (2 * grid.blocks_m // bands)
     passes = -(-tokens // tile)
