@@ -355,6 +355,7 @@ def test_short_segments(tokens: int, shape: tuple[int, int]) -> None:
         assert torch.equal(fused(x, weight, config), y)
 
 
+@hopper
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (8200, 700), (17000, 300)])
 @pytest.mark.parametrize("tokens", [1, 9, 20, 32, 33, 40, 47, 64, 80, 90, 112, 128, 140, 171, 203, 250, 270, 320])
 def test_pairs_of_ctas(shape: tuple[int, int], tokens: int) -> None:
