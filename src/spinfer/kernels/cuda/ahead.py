@@ -1,6 +1,6 @@
 """Compiling kernels in the background, before a call has to wait for them.
 
-A model needs some 80, a second or more of one core each, and only the first process on a machine compiles them.
+A model needs some 70, a second or more of one core each, and only the first process on a machine compiles them.
 """
 
 from __future__ import annotations

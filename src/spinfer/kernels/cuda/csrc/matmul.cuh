@@ -112,6 +112,8 @@ struct Work {
     return {first_strip + j / k_count * strip_step, k_begin + j % k_count};
   }
   __device__ __forceinline__ i32 k_end() const { return k_begin + k_count; }
+  // Whether chunk i, which is the k-th along k, ends a segment.
+  __device__ __forceinline__ bool ends_segment(i32 i, i32 k) const { return k + 1 == k_end() || i + 1 >= count; }
 };
 __device__ __forceinline__ i32 row_block_of(const MatmulArgs& p, i32 strip) { return strip % p.row_blocks; }
 __device__ __forceinline__ i32 first_token_of(const MatmulArgs& p, i32 strip) { return strip / p.row_blocks * kTokens; }

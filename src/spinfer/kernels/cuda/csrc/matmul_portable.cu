@@ -251,7 +251,7 @@ __device__ __forceinline__ void sum_warps(float (&acc)[kBandsAWarp][kTiles][4], 
 }
 
 // Ends a segment: adds up the warps along k, and writes y or leaves a partial; the last CTA of those that share a strip adds the
-// partials up. All threads call it, as the four above.
+// partials up. All threads call it, as they do the three functions above.
 __device__ __forceinline__ void finish_segment(const MatmulArgs& p, float (&acc)[kBandsAWarp][kTiles][4], i32 strip, u32 start,
                                                int warp_m, int warp_k, int lane) {
   const int thread = (warp_k * kWarpsM + warp_m) * 32 + lane, band = warp_m * kBandsAWarp;

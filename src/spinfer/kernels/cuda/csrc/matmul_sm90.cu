@@ -57,7 +57,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
           " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(start + kX + box * kXBytes + lane * kBoxBytes),
           "l"(map), "r"(chunk_k * kChunkCols + lane * kBlockCols), "r"(0), "r"(landed), "l"(kEvictLast)
           : "memory");
-    if (chunk_k + 1 == work.k_end() || i + 1 == work.count) comes_to_end(p, work.at(i).strip, start + kArrivalsAt, lane);
+    if (work.ends_segment(i, chunk_k)) comes_to_end(p, work.at(i).strip, start + kArrivalsAt, lane);
     if (++chunk_k == work.k_end()) chunk_k = work.k_begin;
     if (++box == p.boxes) box = 0;
   }
@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
     init_slots(start, kConsumerWarps);
-    init_arrivals(start + kArrivalsAt);
+    if (kSplit == 1) init_arrivals(start + kArrivalsAt);
     for (int i = 0; i < kSlots; i++) mbarrier_init(start + kXLanded + kSlotStride * i, 1);
     if constexpr (kSplit > 1) {
       mbarrier_init(start + kReceived, 1);

@@ -84,7 +84,7 @@ __device__ __forceinline__ void produce_x(const MatmulArgs& p, const TensorMap* 
       __syncwarp();
       if (++slot == p.boxes) slot = 0, parity ^= 1;
     }
-    if (place.k + 1 == work.k_end() || done + 1 == work.count) comes_to_end(p, place.strip, start + kArrivalsAt, lane);
+    if (work.ends_segment(done, place.k)) comes_to_end(p, place.strip, start + kArrivalsAt, lane);
     if (++place.k == work.k_end()) place = {place.strip + work.strip_step, 0};
   }
 }
@@ -248,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) spinfer_matmul(const _
   const u32 start = smem_address(memory);
   if (threadIdx.x == 0) {
     init_slots(start, kConsumerWarps);
-    init_arrivals(start + kArrivalsAt);
+    if (kSplit == 1) init_arrivals(start + kArrivalsAt);
     for (int i = 0; i < p.boxes; i++) {
       mbarrier_init(start + kBoxLanded + 8 * i, 1);
       mbarrier_init(start + kBoxEmpty + 8 * i, kArrivals * kWarpsM * kTwins);

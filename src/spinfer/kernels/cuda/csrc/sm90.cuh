@@ -113,7 +113,7 @@ struct WeightProducer {
     const i32 chunk = chunk_at(place);
     offset = __ldg(p.offsets + chunk);
     offset_next = __ldg(p.offsets + chunk + 1);
-    strip = static_cast<u32>(place.strip) | (i + lane + 1 >= work.count || place.k + 1 == work.k_end() ? 1u << 31 : 0);
+    strip = static_cast<u32>(place.strip) | (work.ends_segment(i + lane, place.k) ? 1u << 31 : 0);
   }
   __device__ __forceinline__ u32 ring() const { return start + p.ring_at; }
   __device__ __forceinline__ u32 bytes_of(int from) const {
