@@ -213,8 +213,8 @@ def hopper_config(
     room = traits.shared_nbytes - fixed
     chunk = grid.mean_chunk_nbytes(nnz)
     # Two more boxes are worth 1 to 4 % where five chunks of the weight still fit; where four do not, they cost up to
-    # 20 %.
-    boxes = 4 if room - 4 * x_nbytes >= 5 * chunk else 2
+    # 20 %. A dense chunk has to fit, or its copy would wait for ever.
+    boxes = 4 if room - 4 * x_nbytes >= max(5 * chunk, MAX_CHUNK_NBYTES) else 2
     ring_at = fixed + boxes * x_nbytes
     ring = (traits.shared_nbytes - ring_at) // 128 * 128
     ctas = range_count(grid, traits) if split == 1 else min(traits.sm_count // split, grid.row_blocks) * split
