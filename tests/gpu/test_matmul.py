@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -113,6 +114,20 @@ def test_uneven_density(tokens: int) -> None:
     check(linear(x, packed(w)), x, w)
 
 
+def compile_with(patch: pytest.MonkeyPatch, name: str, value: int) -> None:
+    """Have kernels that are made from now on compiled with one more define."""
+
+    def defining(source: Callable[..., KernelSource]) -> Callable[..., KernelSource]:
+        def with_define(*arguments: Any) -> KernelSource:
+            kernel = source(*arguments)
+            return dataclasses.replace(kernel, defines=(*kernel.defines, (name, value)))
+
+        return with_define
+
+    patch.setattr(matmul, "source", defining(matmul.source))
+    patch.setattr(matmul, "staged_source", defining(matmul.staged_source))
+
+
 def portable_configs(grid: ChunkGrid, tokens: int) -> list[Config]:
     """As on a GPU with little shared memory, one CTA an SM, and as on this one."""
     traits = device_traits(0)
@@ -153,19 +168,13 @@ def test_portable_kernel_counts_without_b1_mmas(
     shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on compute capability 10.0 and 12.0: the same bits."""
-    plain = matmul.source
-
-    def counting_bytes(*arguments: Any) -> KernelSource:
-        kernel = plain(*arguments)
-        return dataclasses.replace(kernel, defines=(*kernel.defines, ("SPINFER_B1_MMA", 0)))
-
     (config, *_) = portable_configs(ChunkGrid.of(*shape), tokens)
     for density in (0.0, 0.4, 1.0):
         weight = packed(random_weight(*shape, density))
         x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
         expected = fused(x, weight, config)
         with monkeypatch.context() as patch:
-            patch.setattr(matmul, "source", counting_bytes)
+            compile_with(patch, "SPINFER_B1_MMA", 0)
             assert torch.equal(fused(x, weight, config), expected)
 
 
@@ -438,6 +447,33 @@ def test_every_alternative(shape: tuple[int, int], tokens: int) -> None:
             y = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.float16)
             run_of(plan, grid, torch.float16, device)(x, *tokens_and_stride(x), weight.parts, bias, y)
             check(y, x, w, bias)
+
+
+@hopper
+@pytest.mark.parametrize("shape", [(4300, 600), (2100, 2048), (9000, 2000)])
+@pytest.mark.parametrize("tokens", [5, 29, 40, 61, 125, 173, 253, 700])
+def test_warps_held_up_at_random(tokens: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing depends on how fast a warp is: the same bits when some of them lag."""
+    grid, device = ChunkGrid.of(*shape), torch.device("cuda", 0)
+    x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
+    for w in (random_weight(*shape, 0.4), uneven_weight(*shape, torch.float16)):
+        weight = packed(w)
+        ranges = weight.parts[2].numel() - 1 if len(weight.parts) > 2 else 0
+        for sm_count in (8, 22, device_traits(0).sm_count):
+            traits = dataclasses.replace(device_traits(0), sm_count=sm_count)
+            for name, plan in alternatives(grid, weight.nnz, tokens, traits, ranges).items():
+                if name == "decoded":
+                    continue
+                expected = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.float16)
+                run_of(plan, grid, torch.float16, device)(x, *tokens_and_stride(x), weight.parts, None, expected)
+                check(expected, x, w)
+                with monkeypatch.context() as patch:
+                    compile_with(patch, "SPINFER_DELAYS", 1)
+                    run = run_of(plan, grid, torch.float16, device)
+                for _ in range(10):
+                    y = torch.full_like(expected, torch.nan)
+                    run(x, *tokens_and_stride(x), weight.parts, None, y)
+                    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("shape", [(1000, 1024), (9000, 520)])

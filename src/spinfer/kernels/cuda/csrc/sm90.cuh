@@ -27,12 +27,26 @@ __device__ __forceinline__ void mbarrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// For tests: with -DSPINFER_DELAYS=1 warps are held up for 30 us when they have waited for a barrier, a fifth of them every time, for
+// a quarter of a millisecond before it is the turn of others, and any of them now and then.
+#ifndef SPINFER_DELAYS
+#define SPINFER_DELAYS 0
+#endif
+__device__ __forceinline__ void delay_at_random() {
+  u32 now, clock;
+  asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+  u32 hash = blockIdx.x * 0x85EBCA6Bu ^ (threadIdx.x >> 5) * 0x9E3779B9u ^ (now >> 18) * 0xC2B2AE35u;
+  hash = (hash ^ hash >> 15) * 0x2545F491u;
+  if ((hash ^ hash >> 13) % 5 == 0 || clock * 0x2545F491u >> 24 < 4) asm volatile("nanosleep.u32 30000;" ::: "memory");
+}
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 0x989680;\n"
       "@!done bra retry;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+  if constexpr (SPINFER_DELAYS) delay_at_random();
 }
 // What all lanes of a warp have read is given back by one of them after a __syncwarp, which racecheck does not follow. For that
 // tool -DSPINFER_EVERY_LANE_ARRIVES=1 lets each lane speak for itself (2 to 5 % slower on 4096 x 4096).
