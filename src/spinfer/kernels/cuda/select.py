@@ -262,7 +262,7 @@ def alternatives(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, r
             if can_split and wide.passes == 1:
                 config_of_pairs = wide_config(grid, nnz, tokens, traits, split=2)
                 found["wide pairs"] = Fused(tokens, (config_of_pairs,))
-            if grid.blocks_m == 2 and tokens > MANY:
+            if grid.blocks_m == 2 and tokens > MANY and traits.sm_count >= 2:
                 found["twins"] = Fused(tokens, (wide_config(grid, nnz, tokens, traits, twins=2),))
         if tokens >= _LEAST_WIDE:
             found["staged"] = _staged(grid, tokens, traits)
