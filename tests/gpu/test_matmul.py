@@ -487,6 +487,19 @@ def test_some_row_blocks_are_decoded(shape: tuple[int, int]) -> None:
         assert torch.equal(out, rows)
 
 
+@pytest.mark.parametrize("shape", [(2280, 5943), (504, 4772), (1000, 4551)])
+@pytest.mark.parametrize("tokens", [22, 65, 207, 768])
+def test_decoded_with_any_number_of_columns(tokens: int, shape: tuple[int, int]) -> None:
+    """With K no multiple of 8 cuBLAS would add partial sums in bf16."""
+    w = random_weight(*shape, 0.2, torch.bfloat16)
+    weight, grid = packed(w), ChunkGrid.of(*shape)
+    x, bias = (torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in ((tokens, shape[1]), shape[0]))
+    plan = alternatives(grid, weight.nnz, tokens, device_traits(0))["decoded"]
+    y = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.bfloat16)
+    run_of(plan, grid, torch.bfloat16, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
+    check(y, x, w, bias)
+
+
 @hopper
 @pytest.mark.parametrize("shape", [(64, 512), (200, 513), (4096, 1025), (4100, 700), (8200, 700)])
 @pytest.mark.parametrize("tokens", [33, 64, 80, 128, 129, 160, 171, 203, 220, 240, 256, 272, 288, 305, 600])
