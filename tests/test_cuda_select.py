@@ -56,6 +56,7 @@ def test_chunks_cover_the_matrix_once(m: int, k: int) -> None:
 
 @given(sides, sides, st.floats(0, 1), st.integers(1, 4096), st.sampled_from(DEVICES), st.booleans())
 @example(4096, 14336, 0.01, 40, H100, False)  # four boxes of x, for chunks so small, would leave a dense one no room
+@example(4224, 139, 0.2, 342, DeviceTraits((9, 0), 1, 232448), False)  # one multiprocessor has no room for twins
 def test_everything_fits_the_device(
     m: int, k: int, density: float, tokens: int, device: DeviceTraits, uneven: bool
 ) -> None:
