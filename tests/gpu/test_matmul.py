@@ -14,6 +14,7 @@ from torch import Tensor
 from spinfer import SparseLinear, encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda import matmul
+from spinfer.kernels.cuda.backend import _range_count
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.configs import (
     MAX_NARROW,
@@ -30,7 +31,7 @@ from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
 from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
 from spinfer.kernels.cuda.passes import run_of
 from spinfer.kernels.cuda.runtime import device_traits
-from spinfer.kernels.cuda.select import alternatives
+from spinfer.kernels.cuda.select import Plan, alternatives
 from spinfer.kernels.packed import tokens_and_stride
 
 pytestmark = [
@@ -68,6 +69,21 @@ def fused(x: Tensor, weight: PackedWeight, config: Config, bias: Tensor | None =
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
     grid = ChunkGrid.of(*weight.shape)
     FusedPass(grid, config, x.dtype, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
+    return y
+
+
+def plans(weight: PackedWeight, tokens: int, sm_count: int = 0) -> dict[str, Plan]:
+    """All ways to multiply with it, by name, on this GPU or on one with so many multiprocessors."""
+    traits = device_traits(0)
+    if sm_count:
+        traits = dataclasses.replace(traits, sm_count=sm_count)
+    return alternatives(ChunkGrid.of(*weight.shape), weight.nnz, tokens, traits, _range_count(weight.parts))
+
+
+def planned(x: Tensor, weight: PackedWeight, plan: Plan, bias: Tensor | None = None) -> Tensor:
+    y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype, device=x.device)
+    grid = ChunkGrid.of(*weight.shape)
+    run_of(plan, grid, x.dtype, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
     return y
 
 
@@ -438,15 +454,11 @@ def test_ranges_of_one_chunk(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 24, 40, 48, *range(64, 321, 16), 600, 1024, 1500])
 def test_every_alternative(shape: tuple[int, int], tokens: int) -> None:
     """What may be chosen after measuring, `choose` or not."""
-    grid, traits, device = ChunkGrid.of(*shape), device_traits(0), torch.device("cuda", 0)
     for w in (random_weight(*shape, 0.4), uneven_weight(*shape, torch.float16)):
         weight = packed(w)
-        ranges = weight.parts[2].numel() - 1 if len(weight.parts) > 2 else 0
         x, bias = (torch.randn(n, device="cuda", dtype=torch.float16) for n in ((tokens, shape[1]), shape[0]))
-        for plan in alternatives(grid, weight.nnz, tokens, traits, ranges).values():
-            y = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.float16)
-            run_of(plan, grid, torch.float16, device)(x, *tokens_and_stride(x), weight.parts, bias, y)
-            check(y, x, w, bias)
+        for plan in plans(weight, tokens).values():
+            check(planned(x, weight, plan, bias), x, w, bias)
 
 
 @hopper
@@ -454,26 +466,18 @@ def test_every_alternative(shape: tuple[int, int], tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [5, 29, 40, 61, 125, 173, 253, 700])
 def test_warps_held_up_at_random(tokens: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on how fast a warp is: the same bits when some of them lag."""
-    grid, device = ChunkGrid.of(*shape), torch.device("cuda", 0)
     x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.float16)
     for w in (random_weight(*shape, 0.4), uneven_weight(*shape, torch.float16)):
         weight = packed(w)
-        ranges = weight.parts[2].numel() - 1 if len(weight.parts) > 2 else 0
-        for sm_count in (8, 22, device_traits(0).sm_count):
-            traits = dataclasses.replace(device_traits(0), sm_count=sm_count)
-            for name, plan in alternatives(grid, weight.nnz, tokens, traits, ranges).items():
+        for sm_count in (8, 22, 0):
+            for name, plan in plans(weight, tokens, sm_count).items():
                 if name == "decoded":
                     continue
-                expected = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.float16)
-                run_of(plan, grid, torch.float16, device)(x, *tokens_and_stride(x), weight.parts, None, expected)
+                expected = planned(x, weight, plan)
                 check(expected, x, w)
                 with monkeypatch.context() as patch:
                     compile_with(patch, "SPINFER_DELAYS", 1)
-                    run = run_of(plan, grid, torch.float16, device)
-                for _ in range(10):
-                    y = torch.full_like(expected, torch.nan)
-                    run(x, *tokens_and_stride(x), weight.parts, None, y)
-                    assert torch.equal(y, expected)
+                    assert all(torch.equal(planned(x, weight, plan), expected) for _ in range(10))
 
 
 @pytest.mark.parametrize("shape", [(1000, 1024), (9000, 520)])
@@ -492,12 +496,9 @@ def test_some_row_blocks_are_decoded(shape: tuple[int, int]) -> None:
 def test_decoded_with_any_number_of_columns(tokens: int, shape: tuple[int, int]) -> None:
     """With K no multiple of 8 cuBLAS would add partial sums in bf16."""
     w = random_weight(*shape, 0.2, torch.bfloat16)
-    weight, grid = packed(w), ChunkGrid.of(*shape)
+    weight = packed(w)
     x, bias = (torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in ((tokens, shape[1]), shape[0]))
-    plan = alternatives(grid, weight.nnz, tokens, device_traits(0))["decoded"]
-    y = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=torch.bfloat16)
-    run_of(plan, grid, torch.bfloat16, x.device)(x, *tokens_and_stride(x), weight.parts, bias, y)
-    check(y, x, w, bias)
+    check(planned(x, weight, plans(weight, tokens)["decoded"], bias), x, w, bias)
 
 
 @hopper
