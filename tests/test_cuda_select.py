@@ -24,6 +24,7 @@ from spinfer.kernels.cuda.layout import GATHER_NBYTES, MAX_CHUNK_NBYTES, ChunkGr
 from spinfer.kernels.cuda.select import (
     TUNED_TOKENS,
     Decoded,
+    Dense,
     Fused,
     Plan,
     Staged,
@@ -54,16 +55,17 @@ def test_chunks_cover_the_matrix_once(m: int, k: int) -> None:
     assert (grid.chunks_k - 1) * grid.chunk_cols < k <= grid.chunks_k * grid.chunk_cols
 
 
-@given(sides, sides, st.floats(0, 1), st.integers(1, 4096), st.sampled_from(DEVICES), st.booleans())
-@example(4096, 14336, 0.01, 40, H100, False)  # four boxes of x, for chunks so small, would leave a dense one no room
-@example(4224, 139, 0.2, 342, DeviceTraits((9, 0), 1, 232448), False)  # one multiprocessor has no room for twins
+@given(sides, sides, st.floats(0, 1), st.integers(1, 4096), st.sampled_from(DEVICES), st.booleans(), st.booleans())
+@example(4096, 14336, 0.01, 40, H100, False, False)  # with four boxes of x a dense chunk would have no room
+@example(4224, 139, 0.2, 342, DeviceTraits((9, 0), 1, 232448), False, False)  # one multiprocessor has no room for twins
 def test_everything_fits_the_device(
-    m: int, k: int, density: float, tokens: int, device: DeviceTraits, uneven: bool
+    m: int, k: int, density: float, tokens: int, device: DeviceTraits, uneven: bool, dense: bool
 ) -> None:
     grid, nnz = ChunkGrid.of(m, k), int(density * m * k)
     ranges = range_count(grid, device) if uneven else 0
-    every = alternatives(grid, nnz, tokens, device, ranges)
-    assert choose(grid, nnz, tokens, True, device, ranges) in every.values()
+    every = alternatives(grid, nnz, tokens, device, ranges, dense)
+    assert choose(grid, nnz, tokens, True, device, ranges, dense) in every.values()
+    assert (every.pop("dense", None) is not None) == dense
     for plan in every.values():
         assert_fits(plan, grid, tokens, device)
 
@@ -76,10 +78,10 @@ def test_what_was_measured_to_be_faster_is_chosen(m: int, k: int, tokens: int, d
     others = {count: "twins" for count in TUNED_TOKENS if count != stands_for}
     for name, plan in alternatives(grid, nnz, tokens, device).items():
         tuned = others if stands_for is None else others | {stands_for: name}
-        assert choose(grid, nnz, tokens, True, device, 0, tuned) == (chosen if stands_for is None else plan)
-        assert isinstance(choose(grid, nnz, tokens, False, device, 0, tuned), Decoded)
+        assert choose(grid, nnz, tokens, True, device, tuned=tuned) == (chosen if stands_for is None else plan)
+        assert isinstance(choose(grid, nnz, tokens, False, device, tuned=tuned), Decoded)
     for unknown in ({}, others, dict.fromkeys(TUNED_TOKENS, "another version's")):
-        assert choose(grid, nnz, tokens, True, device, 0, unknown) == chosen
+        assert choose(grid, nnz, tokens, True, device, tuned=unknown) == chosen
 
 
 def assert_fits(plan: Plan, grid: ChunkGrid, tokens: int, device: DeviceTraits) -> None:
@@ -398,6 +400,26 @@ def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
     assert isinstance(choose(grid, 1 << 20, 4096, True, RTX_4090), Decoded)
     assert isinstance(choose(grid, 1 << 20, 1, True, H100), Fused)
     assert isinstance(choose(grid, 1 << 20, 1, True, RTX_4090), Fused)
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "most"),
+    [
+        ((2048, 2048), H100, 8),
+        ((5120, 5120), H100, 32),
+        ((8192, 8192), H100, 72),
+        ((28672, 8192), H100, 112),
+        ((5120, 5120), A100, 64),
+    ],
+)
+def test_more_tokens_go_to_a_dense_copy(shape: tuple[int, int], device: DeviceTraits, most: int) -> None:
+    grid, nnz = ChunkGrid.of(*shape), nnz_at_60_percent(shape)
+    for tokens in (1, 8, most):
+        assert choose(grid, nnz, tokens, True, device, dense=True) == choose(grid, nnz, tokens, True, device)
+    for tokens in (most + 1, most + 8, 1024, 8192):
+        assert choose(grid, nnz, tokens, True, device, dense=True) == Dense()
+        assert isinstance(choose(grid, nnz, tokens, True, device), Fused | Staged | Decoded)
+        assert isinstance(choose(grid, nnz, tokens, False, device, dense=True), Decoded)
 
 
 def test_decoded_rows_are_bounded() -> None:

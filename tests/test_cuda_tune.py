@@ -137,7 +137,7 @@ def test_a_damaged_file_changes_nothing(content: bytes, clock: Clock) -> None:
     KIND.path.parent.mkdir(parents=True)
     KIND.path.write_bytes(content)
     grid = ChunkGrid.of(*SHAPE)
-    plan = choose(grid, KIND.nnz, 8, True, HOPPER, 0, tune.tuned(KIND))
+    plan = choose(grid, KIND.nnz, 8, True, HOPPER, tuned=tune.tuned(KIND))
     assert plan == choose(grid, KIND.nnz, 8, True, HOPPER)
 
 
@@ -177,4 +177,4 @@ def test_loading_measures_if_asked_to(
     monkeypatch.setattr(PackedWeight, "device", torch.device("cuda", 0))
     backend.CudaBackend().prepare(weight)
     assert bool(clock.measured) == measures
-    assert compiled == [(SHAPE, weight.spec.rounded_nnz, torch.bfloat16, 0, 0)]
+    assert compiled == [(SHAPE, weight.spec.rounded_nnz, torch.bfloat16, 0, 0, False)]

@@ -16,6 +16,11 @@ def autotune() -> bool:
     return os.environ.get("SPINFER_AUTOTUNE", "") not in ("", "0")
 
 
+def dense_copies_gib() -> str | None:
+    """`SPINFER_DENSE_COPIES_GIB`: how much memory of each GPU dense copies of compressed weights may take."""
+    return os.environ.get("SPINFER_DENSE_COPIES_GIB") or None
+
+
 def cache_directory() -> Path:
     """`SPINFER_CACHE_DIR`: where compiled CUDA kernels, and what was measured of them, are kept.
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from spinfer import SparseLinear, encode, linear, pack
 from spinfer.kernels import PackedWeight, unpack
 from spinfer.kernels.cuda import matmul
-from spinfer.kernels.cuda.backend import _range_count
 from spinfer.kernels.cuda.compile import KernelSource
 from spinfer.kernels.cuda.configs import (
     MAX_NARROW,
@@ -27,7 +26,7 @@ from spinfer.kernels.cuda.configs import (
     wide_config,
 )
 from spinfer.kernels.cuda.dense import RowDecoder
-from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid, ranges_in
 from spinfer.kernels.cuda.matmul import Config, FusedPass, StagedMatmul
 from spinfer.kernels.cuda.passes import run_of
 from spinfer.kernels.cuda.runtime import device_traits
@@ -77,7 +76,7 @@ def plans(weight: PackedWeight, tokens: int, sm_count: int = 0) -> dict[str, Pla
     traits = device_traits(0)
     if sm_count:
         traits = dataclasses.replace(traits, sm_count=sm_count)
-    return alternatives(ChunkGrid.of(*weight.shape), weight.nnz, tokens, traits, _range_count(weight.parts))
+    return alternatives(ChunkGrid.of(*weight.shape), weight.nnz, tokens, traits, ranges_in(weight.parts))
 
 
 def planned(x: Tensor, weight: PackedWeight, plan: Plan, bias: Tensor | None = None) -> Tensor:

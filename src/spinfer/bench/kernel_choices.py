@@ -21,6 +21,7 @@ from spinfer.bench.kernel_masks import prune_
 from spinfer.bench.kernel_sweep import MODELS, SHAPES, Results
 from spinfer.format import encode
 from spinfer.kernels import pack
+from spinfer.kernels.cuda.layout import has_dense_copy
 from spinfer.kernels.cuda.runtime import device_traits
 from spinfer.kernels.cuda.timing import GraphTimer
 from spinfer.kernels.cuda.tune import Kind, measure, name_of_choice
@@ -65,7 +66,7 @@ def run(results: Results, *, dtype: torch.dtype, budget_s: float) -> None:
                 weight = torch.empty(m, k, dtype=dtype, device="cuda").normal_()
                 packed = pack(encode(prune_(weight, sparsity, "random")))
                 del weight
-                kind = Kind.of((m, k), packed.nnz, dtype, 0, 0)
+                kind = Kind.of((m, k), packed.nnz, dtype, 0, 0, has_dense_copy(packed.parts))
                 for tokens, us in measure(kind, packed.parts, TOKENS, timer).items():
                     row = {"m": m, "k": k, "sparsity": sparsity, "n": tokens, "us": us}
                     results.content["results"].append(row | {"chosen": name_of_choice(kind, tokens, traits)})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spinfer import env
 from spinfer.format import TcaBmeTensor
-from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid
+from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid, has_dense_copy, ranges_in
 from spinfer.kernels.cuda.select import choose
 from spinfer.kernels.packed import PackedWeight, WeightSpec, tokens_and_stride
 
@@ -58,17 +58,21 @@ class CudaBackend:
         return reason is None
 
     def pack(self, weight: TcaBmeTensor) -> PackedWeight:
-        """Repack on the GPU, losslessly."""
+        """Repack on the GPU, losslessly; with a dense copy beside it as far as the environment wants some."""
+        from spinfer.kernels.cuda.copies import DENSE_COPIES
         from spinfer.kernels.cuda.repack import pack_chunks
 
-        return PackedWeight(WeightSpec(LAYOUT, weight.shape, weight.nnz, weight.dtype), pack_chunks(weight))
+        parts = DENSE_COPIES.add(pack_chunks(weight), weight.shape, weight.dtype)
+        return PackedWeight(WeightSpec(LAYOUT, weight.shape, weight.nnz, weight.dtype), parts)
 
     def prepare(self, packed: PackedWeight) -> None:
         """See `spinfer.kernels.prepare`."""
         from spinfer.kernels.cuda.tune import Kind, tune
 
-        key = (packed.shape, packed.spec.rounded_nnz, packed.dtype, _range_count(packed.parts), packed.device.index)
-        if env.autotune() and tune(Kind.of(*key), packed.parts):
+        spec, parts = packed.spec, packed.parts
+        index = packed.device.index
+        key = (spec.shape, spec.rounded_nnz, spec.dtype, ranges_in(parts), index, has_dense_copy(parts))
+        if env.autotune() and tune(Kind.of(*key), parts):
             _run.cache_clear()
         _compile_ahead(*key)
 
@@ -90,31 +94,34 @@ class CudaBackend:
                 return self.linear(x, packed, bias)
         tokens, stride = tokens_and_stride(x)
         spec, parts = packed.spec, packed.parts
-        run = _run(spec.shape, spec.rounded_nnz, -(-tokens // 8) * 8, x.dtype, spec.dtype, index, _range_count(parts))
+        ranges, dense = ranges_in(parts), has_dense_copy(parts)
+        run = _run(spec.shape, spec.rounded_nnz, -(-tokens // 8) * 8, x.dtype, spec.dtype, index, ranges, dense)
         y = x.new_empty((*x.shape[:-1], spec.shape[0]))
         run(x, tokens, stride, parts, bias, y)
         return y
 
 
-def _range_count(parts: tuple[Tensor, ...]) -> int:
-    """Ranges by cost, which only an uneven weight has."""
-    return parts[2].numel() - 1 if len(parts) > 2 else 0
-
-
 @functools.lru_cache(maxsize=4096)
-def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, ranges: int, index: int) -> None:
+def _compile_ahead(shape: tuple[int, int], nnz: int, dtype: torch.dtype, ranges: int, index: int, dense: bool) -> None:
     from spinfer.kernels.cuda.ahead import COMPILER
     from spinfer.kernels.cuda.runtime import device_traits
     from spinfer.kernels.cuda.sources import all_sources
     from spinfer.kernels.cuda.tune import Kind, tuned
 
-    known = tuned(Kind.of(shape, nnz, dtype, ranges, index))
-    COMPILER.submit(all_sources(shape, nnz, dtype, device_traits(index), ranges, known))
+    known = tuned(Kind.of(shape, nnz, dtype, ranges, index, dense))
+    COMPILER.submit(all_sources(shape, nnz, dtype, device_traits(index), ranges, dense, known))
 
 
 @functools.lru_cache(maxsize=4096)
 def _run(
-    shape: tuple[int, int], nnz: int, tokens: int, x_dtype: torch.dtype, dtype: torch.dtype, index: int, ranges: int
+    shape: tuple[int, int],
+    nnz: int,
+    tokens: int,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    index: int,
+    ranges: int,
+    dense: bool,
 ) -> Run:
     """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros.
 
@@ -131,6 +138,6 @@ def _run(
             "weight is decoded and multiplied densely. Convert x, or the layer, for full speed."
         )
     grid = ChunkGrid.of(*shape)
-    known = tuned(Kind.of(shape, nnz, dtype, ranges, index))
-    plan = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges, known)
+    known = tuned(Kind.of(shape, nnz, dtype, ranges, index, dense))
+    plan = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges, dense, known)
     return run_of(plan, grid, dtype, torch.device("cuda", index))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 LAYOUT = "tca_bme_chunks"
-"""Parts are (chunks uint8, offsets int32 [chunks + 1] in units of 16 bytes) and, where made, `ranges_by_cost`."""
+"""Parts are (chunks uint8, offsets int32 [chunks + 1] in units of 16 bytes); then, where a weight has them,
+`ranges_by_cost` and a dense copy (M, K)."""
 
 BLOCK_ROWS = 32
 BLOCK_COLS = 64
@@ -81,3 +84,13 @@ class ChunkGrid:
     def mean_chunk_nbytes(self, nnz: int) -> int:
         """Bytes of a chunk if nonzeros are spread evenly."""
         return VALUES_AT + CHUNK_ALIGN // 2 + 2 * nnz // self.chunks
+
+
+def ranges_in(parts: tuple[Tensor, ...]) -> int:
+    """Ranges by cost that a weight has; 0 if it is even."""
+    return parts[2].numel() - 1 if len(parts) > 2 and parts[2].dim() == 1 else 0
+
+
+def has_dense_copy(parts: tuple[Tensor, ...]) -> bool:
+    """Whether a weight has a dense copy."""
+    return parts[-1].dim() == 2

@@ -11,7 +11,7 @@ from torch import Tensor
 from spinfer.kernels.cuda.dense import RowDecoder
 from spinfer.kernels.cuda.layout import ChunkGrid
 from spinfer.kernels.cuda.matmul import FusedPass, StagedMatmul
-from spinfer.kernels.cuda.select import Decoded, Fused, Plan, Staged
+from spinfer.kernels.cuda.select import Decoded, Dense, Fused, Plan, Staged
 
 
 class Run(Protocol):
@@ -34,6 +34,8 @@ def run_of(plan: Plan, grid: ChunkGrid, dtype: torch.dtype, device: torch.device
     """
     if isinstance(plan, Decoded):
         return _DecodedMatmul(grid, plan.row_blocks, dtype, device)
+    if isinstance(plan, Dense):
+        return _multiply_dense_copy
     if isinstance(plan, Staged):
         return StagedMatmul(grid, plan.launches, dtype, device)
     passes = [FusedPass(grid, config, dtype, device) for config in plan.passes]
@@ -84,8 +86,17 @@ class _DecodedMatmul:
             decode(chunks, offsets, part[:, : self._in_features])
             if self._padded > self._in_features:
                 part[:, self._in_features :] = 0
-            dense = part.to(x.dtype).t()
-            if bias is None:
-                torch.mm(x, dense, out=y[:, rows])
-            else:
-                torch.addmm(bias[rows], x, dense, out=y[:, rows])
+            _multiply_dense(x, part.to(x.dtype), None if bias is None else bias[rows], y[:, rows])
+
+
+def _multiply_dense_copy(
+    x: Tensor, tokens: int, stride: int, parts: tuple[Tensor, ...], bias: Tensor | None, y: Tensor
+) -> None:
+    _multiply_dense(x.reshape(tokens, -1), parts[-1], bias, y.view(tokens, -1))
+
+
+def _multiply_dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias, x, weight.t(), out=y)

@@ -52,6 +52,7 @@ class Kind:
         dtype: of values and x.
         ranges: by cost, as of `choose`.
         index: of the device.
+        dense: whether they have a dense copy.
     """
 
     shape: tuple[int, int]
@@ -59,11 +60,14 @@ class Kind:
     dtype: torch.dtype
     ranges: int
     index: int
+    dense: bool
 
     @classmethod
-    def of(cls, shape: tuple[int, int], nnz: int, dtype: torch.dtype, ranges: int, index: int) -> Kind:
+    def of(
+        cls, shape: tuple[int, int], nnz: int, dtype: torch.dtype, ranges: int, index: int, dense: bool = False
+    ) -> Kind:
         """The kind of a weight with so many nonzeros."""
-        return cls(shape, round(_STEP * nnz / (shape[0] * shape[1])), dtype, ranges, index)
+        return cls(shape, round(_STEP * nnz / (shape[0] * shape[1])), dtype, ranges, index, dense)
 
     @property
     def grid(self) -> ChunkGrid:
@@ -81,6 +85,7 @@ class Kind:
         properties = torch.cuda.get_device_properties(self.index)
         traits = device_traits(self.index)
         facts = [properties.name, *traits.capability, traits.sm_count, torch.version.cuda, str(self.dtype), self.ranges]
+        facts += ["dense"] if self.dense else []
         key = hashlib.sha256(source_digest() + json.dumps([*facts, *self.shape, self.density]).encode()).hexdigest()
         name = f"tuned-{self.shape[0]}x{self.shape[1]}-{100 * self.density // _STEP}-{key[:32]}.json"
         return env.cache_directory() / name
@@ -126,8 +131,8 @@ def better(kind: Kind, us: Mapping[int, Mapping[str, float]], traits: DeviceTrai
 
 def name_of_choice(kind: Kind, tokens: int, traits: DeviceTraits) -> str:
     """Which of the alternatives the selection takes by itself."""
-    plan = choose(kind.grid, kind.nnz, tokens, True, traits, kind.ranges)
-    every = alternatives(kind.grid, kind.nnz, tokens, traits, kind.ranges)
+    plan = choose(kind.grid, kind.nnz, tokens, True, traits, kind.ranges, kind.dense)
+    every = alternatives(kind.grid, kind.nnz, tokens, traits, kind.ranges, kind.dense)
     return next(name for name, other in every.items() if other == plan)
 
 
@@ -187,7 +192,7 @@ def measure(
         timer: how.
     """
     traits, device = device_traits(kind.index), parts[0].device
-    plans = {count: alternatives(kind.grid, kind.nnz, count, traits, kind.ranges) for count in tokens}
+    plans = {count: alternatives(kind.grid, kind.nnz, count, traits, kind.ranges, kind.dense) for count in tokens}
     COMPILER.submit(
         source
         for by_name in plans.values()
