@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = ("bf16", "fp8", "sparse")
+MODES = ("bf16", "fp8", "sparse", "copies")
+"""Dense, rounded, sparse, and sparse with a dense copy of every weight beside it."""
 
 _MANY_TOKENS = 1024
 """A first token of more than the captured sizes: another kernel than theirs, the same for all larger ones."""
@@ -149,6 +150,8 @@ class Engine:
     def __init__(self, directory: Path, mode: str, arguments: argparse.Namespace) -> None:
         from vllm import LLM
 
+        if mode == "copies":
+            os.environ["SPINFER_DENSE_COPIES_GIB"] = "1000"  # of all weights
         options: dict[str, Any] = {"load_format": "dummy" if mode in ("bf16", "fp8") else "auto"}
         if mode == "fp8":
             options["quantization"] = "fp8"
@@ -451,7 +454,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=["llama-3-8b"], choices=list(SHAPES))
     parser.add_argument("--directories", nargs="*", type=Path, default=[], help="models on disk, dense or compressed")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES[:3]), choices=MODES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32])
     parser.add_argument("--inputs", nargs="+", type=int, default=[128], help="prompt lengths")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -516,7 +519,7 @@ def main() -> None:
     for name in arguments.models:
         model_began = time.perf_counter()
         nbytes = checkpoint_nbytes(SHAPES[name], arguments.sparsity)
-        folder = arguments.folder or room(nbytes if "sparse" in arguments.modes else 0)
+        folder = arguments.folder or room(nbytes if {"sparse", "copies"} & set(arguments.modes) else 0)
         if folder is None:
             record(model=name, error=f"no room for a checkpoint of {nbytes / 1e9:.0f} GB; give --folder")
             continue
@@ -527,23 +530,25 @@ def main() -> None:
 
         try:
             for mode in arguments.modes:
-                directory = folder / f"{name}-{mode}"
-                if mode == "sparse" and left_s() > 0:
+                compressed = mode in ("sparse", "copies")
+                directory = folder / f"{name}-{'compressed' if compressed else mode}"
+                if compressed and not directory.exists() and left_s() > 0:
                     job = (prepare, name, directory, arguments.sparsity, tokens, arguments.device)
                     made = forked(*job, limit_s=left_s())
                     record(model=name, mode="prepare", **made)
                     if "error" in made:
                         continue
-                elif mode != "sparse":
+                elif not compressed:
                     write_config(SHAPES[name], directory)
                 if left_s() > 0:
                     measure(directory, left_s(), model=name, mode=mode)
                 else:
                     record(model=name, mode=mode, error="not started: out of time")
-                shutil.rmtree(directory, ignore_errors=True)
         finally:
+            for directory in folder.glob(f"{name}-*"):
+                shutil.rmtree(directory, ignore_errors=True)
             if arguments.folder is None:
-                shutil.rmtree(folder, ignore_errors=True)
+                folder.rmdir()
     for directory in arguments.directories:
         measure(directory, arguments.limit_s, model=directory.name, mode="on disk")
     if arguments.same_tokens is not None:

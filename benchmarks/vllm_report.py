@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MODES = {"bf16": "dense bf16", "fp8": "dense FP8", "sparse": "sparse bf16"}
+MODES = {"bf16": "dense bf16", "fp8": "dense FP8", "sparse": "sparse bf16", "copies": "sparse, dense copies"}
 
 
 def engines(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -49,12 +49,28 @@ def speed(result: Mapping[str, Any]) -> str:
     ]
     for model, modes in engines(result).items():
         for (length, batch), row in _rows(modes):
-            cells = [f"{row[m]['decode_tokens_per_s']:,.0f}" if m in row else "" for m in MODES]
+            cells = [f"{row[m]['decode_tokens_per_s']:,.0f}" if m in row else "" for m in ("bf16", "fp8", "sparse")]
             ratios = ["", f"{row['sparse']['ttft_ms']:,.1f}" if "sparse" in row else "", ""]
             if "bf16" in row and "sparse" in row:
                 ratios[0] = f"{row['bf16']['decode_ms'] / row['sparse']['decode_ms']:.2f}x"
                 ratios[2] = f"{row['sparse']['ttft_ms'] / row['bf16']['ttft_ms']:.2f}"
             lines.append(f"| {model} | {length} | {batch} | {' | '.join((*cells, *ratios))} |")
+    return "\n".join(lines)
+
+
+def copies(result: Mapping[str, Any]) -> str:
+    """Sparse without and with dense copies: decode speed and time to the first token over dense bf16, Markdown."""
+    lines = [
+        "| model | in | batch | dense tokens/s | sparse | with copies | first token, ms | sparse | with copies |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for model, modes in engines(result).items():
+        for (length, batch), row in _rows(modes):
+            dense, *others = (row[mode] for mode in ("bf16", "sparse", "copies"))
+            cells = [f"{length:,}", f"{batch}", f"{dense['decode_tokens_per_s']:,.0f}"]
+            cells += [f"{dense['decode_ms'] / other['decode_ms']:.2f}x" for other in others]
+            cells += [f"{dense['ttft_ms']:,.1f}", *(f"{other['ttft_ms'] / dense['ttft_ms']:.2f}" for other in others)]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
