@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -347,7 +348,7 @@ def run(directory: Path, mode: str, arguments: argparse.Namespace) -> Iterator[d
     try:
         result = engine.facts() | {"planned": planned(directory, mode, arguments), "rows": [], "profiles": []}
         for length in arguments.inputs:
-            for batch in arguments.batches:
+            for batch in (batch for batch in arguments.batches if batch * length <= arguments.most_prompt_tokens):
                 if batch * (length + arguments.new_tokens) > result["kv_cache_tokens"]:
                     result.setdefault("does_not_fit", []).append({"batch": batch, "input": length})
                     continue
@@ -457,6 +458,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES[:3]), choices=MODES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32])
     parser.add_argument("--inputs", nargs="+", type=int, default=[128], help="prompt lengths")
+    parser.add_argument("--most-prompt-tokens", type=float, default=math.inf, help="of a batch to measure")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sparsity", type=float, default=0.6)

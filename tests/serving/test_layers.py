@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -135,6 +136,29 @@ def test_matrices_that_end_inside_a_tile_stay_apart_or_together(kind: str, expec
     [(error, kernels, _, _)] = on_ranks(1, multiply, 1, kind)
     assert error < 1e-4
     assert kernels == expected_kernels
+
+
+def hashed(rank: int, number_of_parts: int) -> dict[str, Any]:
+    """What vLLM has of the entry in config.json, after a layer has been loaded whose weight has so many parts."""
+    from spinfer.integrations.vllm import linear
+    from spinfer.kernels import PackedWeight, pack
+
+    def pack_as(weight: Any, **options: Any) -> PackedWeight:
+        packed = pack(weight, **options)
+        parts = (*packed.parts, *(torch.zeros(1) for _ in range(number_of_parts)))[:number_of_parts]
+        return PackedWeight(packed.spec, parts)
+
+    with patch.object(linear, "pack", pack_as):
+        entry: dict[str, Any] = load("column").quant_method._note.__self__._hashed
+    return entry
+
+
+def test_compiled_graphs_are_told_apart_by_what_is_in_them() -> None:
+    """They are kept under a hash of the config; a dense copy, for one, is a part more."""
+    first, again, other = (on_ranks(1, hashed, count)[0] for count in (3, 3, 4))
+    assert first == again
+    assert {**first, "packed": None} == {**other, "packed": None}
+    assert first["packed"] != other["packed"]
 
 
 def attempt(rank: int, kind: str, without: str, damage: str, broken_rank: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from vllm.distributed import get_world_group
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.platforms import current_platform
 
 from spinfer.checkpoint.config import QUANT_METHOD, CompressionConfig, ModuleEntry
 from spinfer.checkpoint.stored import CompressedCheckpoint
@@ -23,17 +23,20 @@ from spinfer.integrations.vllm.agree import agree
 from spinfer.integrations.vllm.linear import SpinferLinearMethod
 from spinfer.integrations.vllm.shares import Shard
 from spinfer.integrations.vllm.versions import check_version
-from spinfer.kernels.cpu.backend import CPU_LAYOUT
-from spinfer.kernels.cpu.library import load
-from spinfer.kernels.packed import STORAGE_LAYOUT
 
 
 class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
-    """Which modules are compressed, under vLLM's names."""
+    """Which modules are compressed, under vLLM's names.
 
-    def __init__(self, compression: CompressionConfig) -> None:
+    Args:
+        compression: what config.json says.
+        hashed: where what compiled graphs depend on is kept: vLLM's own copy of the entry in config.json.
+    """
+
+    def __init__(self, compression: CompressionConfig, hashed: MutableMapping[str, Any]) -> None:
         super().__init__()
         self.modules: Mapping[str, ModuleEntry] = compression.modules
+        self._hashed = hashed
         self._files_checked = False
 
     @classmethod
@@ -45,11 +48,7 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
             CheckpointError: a format version of the future, or a malformed entry.
         """
         check_version(vllm.__version__)
-        if current_platform.is_cpu():
-            # vLLM keeps compiled graphs under a hash of the model's config, this entry included. They name the layout
-            # of the weights, and an installation without the CPU library has another.
-            config["cpu_layout"] = CPU_LAYOUT if load() else STORAGE_LAYOUT
-        return cls(CompressionConfig.from_dict(config))
+        return cls(CompressionConfig.from_dict(config), config)
 
     @classmethod
     def get_name(cls) -> str:
@@ -86,7 +85,7 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
             agree(get_world_group(), self._file_error())
         if isinstance(layer, LinearBase):
             sources = self._sources(layer, prefix)
-            return SpinferLinearMethod(prefix, sources) if sources else UnquantizedLinearMethod()
+            return SpinferLinearMethod(prefix, sources, self.note) if sources else UnquantizedLinearMethod()
         inside = next((name for name in self.modules if name == prefix or name.startswith(f"{prefix}.")), None)
         if inside is not None:
             raise SpinferError(
@@ -94,6 +93,14 @@ class SpinferConfig(QuantizationConfig):  # type: ignore[misc]
                 f"only (mixtures of experts are not supported); leave it dense: spinfer compress --ignore '{prefix}*'"
             )
         return None
+
+    def note(self, packed: str) -> None:
+        """Take account of how a layer's weights are packed, before vLLM looks for compiled graphs.
+
+        It keeps these under a hash of the model's config, in which our entry is. They hold layouts, numbers and sizes
+        of the packed arrays, which depend on more: the values, the device, what is installed, dense copies wanted.
+        """
+        self._hashed["packed"] = hashlib.sha256(f"{self._hashed.get('packed')} {packed}".encode()).hexdigest()
 
     def _file_error(self) -> str | None:
         """What is wrong with this rank's copy of the checkpoint, by its headers; vLLM passes over missing files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,16 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
     Args:
         prefix: the layer's name.
         sources: name and entry of the compressed modules that make it up, by shard.
+        note: is told what is in the graphs of this layer, as text.
     """
 
-    def __init__(self, prefix: str, sources: Mapping[Shard, tuple[str, ModuleEntry]]) -> None:
+    def __init__(
+        self, prefix: str, sources: Mapping[Shard, tuple[str, ModuleEntry]], note: Callable[[str], None]
+    ) -> None:
         super().__init__()
         self._prefix = prefix
         self._sources = sources
+        self._note = note
         self._parts: dict[Shard, dict[str, Tensor]] = {}
         self._pieces: dict[Share, TcaBmeTensor] = {}
         self._shares: list[Share] = []
@@ -147,6 +151,7 @@ class SpinferLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
             # Rounded, torch.compile makes one graph for layers that are alike.
             calls.append((names, weight.layout, list(weight.shape), weight.spec.rounded_nnz, weight.dtype))
+            self._note(f"{self._prefix} {calls[-1]} {[tuple(part.shape) for part in weight.parts]}")
         self._calls = tuple(calls)
         self._weights.clear()
 
