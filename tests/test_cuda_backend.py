@@ -72,3 +72,16 @@ def test_layers_that_are_alike_run_the_same(monkeypatch: pytest.MonkeyPatch) -> 
             assert CudaBackend().linear(torch.zeros(tokens, 100), weight, None).shape == (tokens, 100)
     assert runs[0][:3] == ((100, 100), 4000, 1008)
     assert len(set(runs)) == 1
+
+
+def test_a_dense_copy_is_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, bias = torch.randn(24, 16), torch.randn(24)
+    weight = PackedWeight(WeightSpec(LAYOUT, (24, 16), 99, torch.float32), (torch.zeros(1), torch.zeros(1), dense))
+    keys = []
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(backend, "_run", lambda *key: keys.append(key))
+    for x in (torch.randn(2, 5, 16), torch.randn(10, 32)[:, :16]):
+        y = CudaBackend().linear(x, weight, bias)
+        assert torch.equal(y, torch.nn.functional.linear(x, dense, bias))
+        assert y.is_contiguous()
+    assert [key[-2:] for key in keys] == [(0, True)] * 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from spinfer import env
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid, has_dense_copy, ranges_in
-from spinfer.kernels.cuda.select import choose
+from spinfer.kernels.cuda.select import Dense, choose
 from spinfer.kernels.packed import PackedWeight, WeightSpec, tokens_and_stride
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ class CudaBackend:
         spec, parts = packed.spec, packed.parts
         ranges, dense = ranges_in(parts), has_dense_copy(parts)
         run = _run(spec.shape, spec.rounded_nnz, -(-tokens // 8) * 8, x.dtype, spec.dtype, index, ranges, dense)
+        if run is None:
+            return torch.nn.functional.linear(x, parts[-1], bias)
         y = x.new_empty((*x.shape[:-1], spec.shape[0]))
         run(x, tokens, stride, parts, bias, y)
         return y
@@ -122,8 +124,8 @@ def _run(
     index: int,
     ranges: int,
     dense: bool,
-) -> Run:
-    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros.
+) -> Run | None:
+    """What to run for up to `tokens` rows of x and a weight with about `nnz` nonzeros; None to multiply with its copy.
 
     Making one takes several launches' time, and a server's prompts have ever other numbers of tokens: so the layers of
     a model that are alike share one, and 8 numbers of tokens do, between which the selection makes no difference.
@@ -140,4 +142,5 @@ def _run(
     grid = ChunkGrid.of(*shape)
     known = tuned(Kind.of(shape, nnz, dtype, ranges, index, dense))
     plan = choose(grid, nnz, tokens, x_dtype == dtype, device_traits(index), ranges, dense, known)
-    return run_of(plan, grid, dtype, torch.device("cuda", index))
+    # One call of torch's takes the host less time than what `run_of` gives, which writes into a y that is there.
+    return None if isinstance(plan, Dense) else run_of(plan, grid, dtype, torch.device("cuda", index))
