@@ -16,11 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
+import torch  # noqa: E402
 import vllm_report  # noqa: E402
 from table import table  # noqa: E402  (the demo's own)
 
 from spinfer.bench.kernel_choices import in_brief  # noqa: E402
 from spinfer.bench.kernel_report import PLOTS, Sweep, report, speedups_over_tokens, write  # noqa: E402
+from spinfer.kernels.cuda.configs import DeviceTraits  # noqa: E402
+from spinfer.kernels.cuda.tune import Kind, name_of_choice  # noqa: E402
 
 GPU_RESULTS = [file for name in ("h100", "h200") if (file := RESULTS / name / "kernel.json").exists()]
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
@@ -39,9 +42,11 @@ VLLM = {
     "h200": [RESULTS / "h200" / f"vllm{name}.json" for name in ("", "_opt_13b", "_opt_30b", "_qwen2.5_32b")],
 }
 VLLM_PDL = RESULTS / "h200" / "vllm_pdl.json"
+VLLM_COPIES = RESULTS / "h200" / "vllm_copies.json"
 VLLM_CPU = sorted((RESULTS / "cpu").glob("*/vllm.json"))
 VLLM_70B = [[RESULTS / gpu / f"vllm_70b{gpus}.json" for gpus in ("", "_2gpus")] for gpu in ("h100", "h200")]
 CHOICES = RESULTS / "h200" / "choices.json"
+CHOICES_DENSE = RESULTS / "h200" / "choices_dense.json"
 GENERATE = RESULTS / "h200" / "generate.json"
 TENSOR_PARALLEL = [RESULTS / "h200" / f"tensor_parallel_70b{name}.json" for name in ("", "_2gpus", "_fp16")]
 
@@ -180,6 +185,13 @@ def vllm_pdl() -> str:
     return linked(vllm_report.speed(result), VLLM_PDL)
 
 
+def vllm_copies() -> str:
+    """The same with dense copies beside the compressed weights, up to larger batches."""
+    result = json.loads(VLLM_COPIES.read_text())
+    what = f"{result['sparsity']:.0%} sparse; {result['device']}, vLLM {result['vllm']}, code: {result['commit'][:7]}:"
+    return linked(f"{what}\n\n{vllm_report.copies(result)}\n\n{vllm_report.memory(result)}", VLLM_COPIES)
+
+
 def vllm_h200() -> str:
     """The same on another card, and where the time goes."""
     tables = (_breakdown(vllm_result("h200"), what) for what in ("step", "first"))
@@ -274,6 +286,27 @@ def choices() -> str:
     """How good the selection of kernels is."""
     result = json.loads(CHOICES.read_text())
     return linked(in_brief(result["results"]), CHOICES)
+
+
+def choices_dense() -> str:
+    """The same where weights have dense copies, and how often what is chosen is slower than these."""
+    rows = [row | {"chosen": _choice(row)} for row in json.loads(CHOICES_DENSE.read_text())["results"]]
+    us = [(row["us"]["dense"], row["us"]) for row in rows if "dense" in row["us"]]
+    decoding = [dense / min(each for name, each in every.items() if name != "dense") for dense, every in us]
+    chosen = [dense / every[row["chosen"]] for (dense, every), row in zip(us, rows, strict=True)]
+    text = (
+        f"Of {len(rows)} cases {sum(ratio < 0.98 for ratio in decoding)} have no way of decoding that reaches 0.98 of "
+        f"cuBLAS's speed with the copy, down to {min(decoding):.2f}; of the choices {sum(r < 0.98 for r in chosen)} do "
+        f"not, down to {min(chosen):.2f}. "
+    )
+    return linked(text + in_brief(rows), CHOICES_DENSE)
+
+
+def _choice(row: dict[str, Any]) -> str:
+    """What the selection makes of a case now, on an H200."""
+    nnz = round((1 - row["sparsity"]) * row["m"] * row["k"])
+    kind = Kind.of((row["m"], row["k"]), nnz, torch.bfloat16, ranges=0, index=0, dense=True)
+    return name_of_choice(kind, row["n"], DeviceTraits((9, 0), 132, 232448))
 
 
 def tensor_parallel() -> str:
@@ -444,12 +477,13 @@ BLOCKS = {
         "decode": decode,
         "gpu": gpu,
     },
-    "docs/kernel.md": {"choices": choices},
+    "docs/kernel.md": {"choices": choices, "choices-dense": choices_dense},
     "docs/pruning.md": {"pruning": pruning, "fidelity": fidelity, "cost": cost},
     "docs/serving.md": {
         "vllm": vllm,
         "vllm-h200": vllm_h200,
         "vllm-pdl": vllm_pdl,
+        "vllm-copies": vllm_copies,
         "vllm-step": vllm_step,
         "vllm-first": vllm_first,
         "vllm-70b": vllm_70b,

@@ -405,8 +405,8 @@ def test_other_dtypes_are_decoded_and_many_tokens_staged() -> None:
 @pytest.mark.parametrize(
     ("shape", "device", "most"),
     [
-        ((2048, 2048), H100, 8),
-        ((5120, 5120), H100, 32),
+        ((4096, 4096), H100, 32),
+        ((5120, 5120), H100, 24),
         ((8192, 8192), H100, 72),
         ((28672, 8192), H100, 112),
         ((5120, 5120), A100, 64),

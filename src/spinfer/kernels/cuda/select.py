@@ -54,8 +54,8 @@ _LEAST_ROWS_DECODED = 1024
 _MOST_PORTABLE = 64
 """Not measured on the GPUs it is for: two passes over the weight, then decoding once."""
 
-_FEWEST_BESIDE_DENSE, _MOST_BESIDE_DENSE = 8, 112
-"""Tokens up to which compressed weights are faster than dense ones: the smallest, and large ones; see _dense_pays."""
+_MOST_BESIDE_DENSE = 112
+"""Tokens up to which large compressed weights are faster than dense ones; see _dense_pays."""
 
 _WORKSPACE_NBYTES = 512 << 20
 """Decoded rows held at a time: a whole matrix of any common layer, so that products fill the GPU."""
@@ -248,15 +248,16 @@ def _many_tokens(
 def _dense_pays(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
     """Whether cuBLAS with a dense copy is faster than all that reads the compressed weight.
 
-    Fitted to 32 shapes, 50 to 70 % zeros and 8 to 8,192 tokens on an H200: what this chooses takes 0.2 % more than the
-    faster of the two on average, and 32 % at most, where cuBLAS takes longer for a few tokens less (9216 x 9216: 76 us
-    for 144 tokens, 50 for 128). Memory that reads slower favours what is compressed, which is not looked at.
+    What is compressed is, up to a number of tokens that grows with the weight, and twice as steeply where pairs of CTAs
+    spare a launch its end. Fitted to 32 shapes, 50 to 70 % zeros and 8 to 8,192 tokens on an H200: what this chooses takes 0.2 % more than
+    the faster of the two on average, and 32 % at most, where cuBLAS takes longer for a few tokens more (9216 x 9216: 50
+    us for 128 tokens, 76 for 144). Memory that reads slower favours what is compressed, which is not looked at.
     """
     if not traits.hopper:
         return tokens > _MOST_PORTABLE
-    megaweights = grid.out_features * grid.in_features / 1e6
+    millions = grid.out_features * grid.in_features / 1e6
     counted = -(-tokens // 8) * 8  # eight numbers of tokens are treated alike
-    return counted > min(_MOST_BESIDE_DENSE, _FEWEST_BESIDE_DENSE + megaweights)
+    return counted > min(_MOST_BESIDE_DENSE, (2.2 if grid.blocks_m == 2 else 1.2) * millions - 4)
 
 
 def alternatives(
