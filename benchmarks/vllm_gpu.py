@@ -332,10 +332,12 @@ def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[s
 
     from spinfer.integrations.transformers.sizing import fit, model_size
 
-    if mode not in ("bf16", "sparse") or arguments.device == "cpu":
+    if mode == "fp8" or arguments.device == "cpu":
         return None
     size = model_size(str(directory))
-    weights = size.compressed_nbytes(arguments.sparsity) if mode == "sparse" else size.dense_nbytes
+    weights = size.dense_nbytes if mode == "bf16" else size.compressed_nbytes(arguments.sparsity)
+    if mode == "copies":
+        weights += size.copies_nbytes
     memory = torch.cuda.get_device_properties(0).total_memory
     usable = int(memory * arguments.utilization) - 2 * 2**30  # the command's default reserve
     found = fit(size, weights, gpus=arguments.tensor_parallel, usable_nbytes=usable, context=max(arguments.inputs))

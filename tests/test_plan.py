@@ -56,7 +56,8 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["context"] == 128  # the model's longest
-    assert result["compressed"]["weights_nbytes"] < result["dense"]["weights_nbytes"]
+    compressed, dense = (result[name]["weights_nbytes"] for name in ("compressed", "dense"))
+    assert compressed < dense < result["compressed_with_dense_copies"]["weights_nbytes"] < compressed + dense
     table = CliRunner().invoke(application(), ["plan", str(tmp_path), "--sparsity", "0.5"]).stdout
     assert "| 50% sparse" in table
 

@@ -34,7 +34,13 @@ def plan(
     size = model_size(model)
     context = min(context, size.most_positions)
     usable = int((gpu_memory * utilization - reserve) * _GIB)
-    weights = {"dense": size.dense_nbytes, "compressed": size.compressed_nbytes(sparsity)}
+    compressed = size.compressed_nbytes(sparsity)
+    weights = {
+        "dense": size.dense_nbytes,
+        "compressed": compressed,
+        "compressed_with_dense_copies": compressed + size.copies_nbytes,
+    }
+    labels = ("dense", f"{sparsity:.0%} sparse", f"{sparsity:.0%} sparse, dense copies")
     fits = {
         name: fit(size, nbytes, gpus=gpus, usable_nbytes=usable, context=context) for name, nbytes in weights.items()
     }
@@ -44,13 +50,13 @@ def plan(
         return
     rows = [
         [
-            "dense" if name == "dense" else f"{sparsity:.0%} sparse",
+            label,
             f"{found.weights_nbytes / gpus / _GIB:,.1f}",
             f"{found.kv_nbytes_per_token / 1024:,.0f}",
             f"{found.kv_tokens:,}" if found.kv_tokens else "does not fit",
             f"{found.batch:,}",
         ]
-        for name, found in fits.items()
+        for label, found in zip(labels, fits.values(), strict=True)
     ]
     header = ["weights", "GiB a GPU", "KiB a token", "tokens of KV cache", f"requests of {context:,} tokens"]
     print_table(header, rows)

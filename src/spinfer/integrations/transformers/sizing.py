@@ -39,9 +39,14 @@ class ModelSize:
     most_positions: int
 
     @property
+    def copies_nbytes(self) -> int:
+        """The weights of all Linears in 16 bits."""
+        return sum(rows * columns for rows, columns in self.linears) * _VALUE_NBYTES
+
+    @property
     def dense_nbytes(self) -> int:
         """All weights in 16 bits."""
-        return sum(rows * columns for rows, columns in self.linears) * _VALUE_NBYTES + self.other_nbytes
+        return self.copies_nbytes + self.other_nbytes
 
     def compressed_nbytes(self, sparsity: float) -> int:
         """All weights with so large a share of zeros in the Linears, spread evenly."""

@@ -249,9 +249,10 @@ def _dense_pays(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
     """Whether cuBLAS with a dense copy is faster than all that reads the compressed weight.
 
     What is compressed is, up to a number of tokens that grows with the weight, and twice as steeply where pairs of CTAs
-    spare a launch its end. Fitted to 32 shapes, 50 to 70 % zeros and 8 to 8,192 tokens on an H200: what this chooses takes 0.2 % more than
-    the faster of the two on average, and 32 % at most, where cuBLAS takes longer for a few tokens more (9216 x 9216: 50
-    us for 128 tokens, 76 for 144). Memory that reads slower favours what is compressed, which is not looked at.
+    spare a launch its end. Fitted to 32 shapes, 50 to 70 % zeros and 8 to 8,192 tokens on an H200: what this chooses
+    takes 0.2 % more than the faster of the two on average, and 32 % at most, where cuBLAS takes longer for a few tokens
+    more (9216 x 9216: 50 us for 128 tokens, 76 for 144). Memory that reads slower favours what is compressed, which is
+    not looked at.
     """
     if not traits.hopper:
         return tokens > _MOST_PORTABLE
