@@ -290,14 +290,14 @@ def choices() -> str:
 
 def choices_dense() -> str:
     """The same where weights have dense copies, and how often what is chosen is slower than these."""
-    rows = [row | {"chosen": _choice(row)} for row in json.loads(CHOICES_DENSE.read_text())["results"]]
-    us = [(row["us"]["dense"], row["us"]) for row in rows if "dense" in row["us"]]
-    decoding = [dense / min(each for name, each in every.items() if name != "dense") for dense, every in us]
-    chosen = [dense / every[row["chosen"]] for (dense, every), row in zip(us, rows, strict=True)]
+    results = json.loads(CHOICES_DENSE.read_text())["results"]
+    rows = [row | {"chosen": _choice(row)} for row in results if "dense" in row["us"]]
+    chosen = [row["us"]["dense"] / row["us"][row["chosen"]] for row in rows]
+    decoding = [row["us"]["dense"] / min(us for name, us in row["us"].items() if name != "dense") for row in rows]
     text = (
-        f"Of {len(rows)} cases {sum(ratio < 0.98 for ratio in decoding)} have no way of decoding that reaches 0.98 of "
-        f"cuBLAS's speed with the copy, down to {min(decoding):.2f}; of the choices {sum(r < 0.98 for r in chosen)} do "
-        f"not, down to {min(chosen):.2f}. "
+        f"Of {len(rows)} cases {sum(each < 0.98 for each in decoding)} have no way of decoding that reaches 0.98 of "
+        f"cuBLAS's speed with the copy, down to {min(decoding):.2f}; of the choices "
+        f"{sum(each < 0.98 for each in chosen)} do not, down to {min(chosen):.2f}. "
     )
     return linked(text + in_brief(rows), CHOICES_DENSE)
 
