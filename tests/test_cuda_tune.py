@@ -98,6 +98,16 @@ def test_only_what_is_clearly_faster_replaces_a_choice(clock: Clock, capsys: pyt
     assert "4096 x 4096 at 60 % zeros" in capsys.readouterr().err
 
 
+def test_a_dense_copy_is_one_of_the_ways(clock: Clock) -> None:
+    kind = tune.Kind.of(SHAPE, KIND.nnz, torch.bfloat16, 0, 0, dense=True)
+    assert chosen(16, kind) == "pairs"
+    assert chosen(48, kind) == "dense"
+    clock.us = {(0, "Dense"): 5.0}
+    tune.tune(kind, PARTS)
+    assert tune.tuned(kind)[16] == "dense"
+    assert 48 not in tune.tuned(kind)
+
+
 def test_a_choice_is_measured_however_slow(clock: Clock) -> None:
     clock.us = {(8, "pairs"): 40.0}
     tune.tune(KIND, PARTS)
@@ -119,6 +129,7 @@ def test_measured_once_a_machine(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
         tune.Kind.of(SHAPE, round(0.5 * 4096 * 4096), torch.bfloat16, 0, 0),
         tune.Kind.of(SHAPE, KIND.nnz, torch.float16, 0, 0),
         tune.Kind.of((4096, 4100), KIND.nnz, torch.bfloat16, 0, 0),
+        tune.Kind.of(SHAPE, KIND.nnz, torch.bfloat16, 0, 0, dense=True),
     ):
         assert tune.tuned(other) == {}
         assert tune.tune(other, PARTS)
