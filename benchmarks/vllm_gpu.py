@@ -29,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("bf16", "fp8", "sparse", "copies")
 """Dense, rounded, sparse, and sparse with a dense copy of every weight beside it."""
+COMPRESSED = ("sparse", "copies")
+"""Those that load a compressed checkpoint, the same one."""
 
 _MANY_TOKENS = 1024
 """A first token of more than the captured sizes: another kernel than theirs, the same for all larger ones."""
@@ -332,10 +334,10 @@ def planned(directory: Path, mode: str, arguments: argparse.Namespace) -> dict[s
 
     from spinfer.integrations.transformers.sizing import fit, model_size
 
-    if mode == "fp8" or arguments.device == "cpu":
+    if mode not in ("bf16", *COMPRESSED) or arguments.device == "cpu":
         return None
     size = model_size(str(directory))
-    weights = size.dense_nbytes if mode == "bf16" else size.compressed_nbytes(arguments.sparsity)
+    weights = size.compressed_nbytes(arguments.sparsity) if mode in COMPRESSED else size.dense_nbytes
     if mode == "copies":
         weights += size.copies_nbytes
     memory = torch.cuda.get_device_properties(0).total_memory
@@ -457,7 +459,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=["llama-3-8b"], choices=list(SHAPES))
     parser.add_argument("--directories", nargs="*", type=Path, default=[], help="models on disk, dense or compressed")
-    parser.add_argument("--modes", nargs="+", default=list(MODES[:3]), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=["bf16", "fp8", "sparse"], choices=MODES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 16, 32])
     parser.add_argument("--inputs", nargs="+", type=int, default=[128], help="prompt lengths")
     parser.add_argument("--most-prompt-tokens", type=float, default=math.inf, help="of a batch to measure")
@@ -523,7 +525,7 @@ def main() -> None:
     for name in arguments.models:
         model_began = time.perf_counter()
         nbytes = checkpoint_nbytes(SHAPES[name], arguments.sparsity)
-        folder = arguments.folder or room(nbytes if {"sparse", "copies"} & set(arguments.modes) else 0)
+        folder = arguments.folder or room(nbytes if set(COMPRESSED) & set(arguments.modes) else 0)
         if folder is None:
             record(model=name, error=f"no room for a checkpoint of {nbytes / 1e9:.0f} GB; give --folder")
             continue
@@ -532,27 +534,31 @@ def main() -> None:
             now = time.perf_counter()
             return min(arguments.limit_s, arguments.model_limit_s - (now - since), arguments.budget_s - (now - began))
 
+        directories = {
+            mode: folder / f"{name}-{'compressed' if mode in COMPRESSED else mode}" for mode in arguments.modes
+        }
+        written: set[Path] = set()
         try:
             for mode in arguments.modes:
-                compressed = mode in ("sparse", "copies")
-                directory = folder / f"{name}-{'compressed' if compressed else mode}"
-                if compressed and not directory.exists() and left_s() > 0:
+                directory = directories[mode]
+                if mode in COMPRESSED and directory not in written and left_s() > 0:
                     job = (prepare, name, directory, arguments.sparsity, tokens, arguments.device)
                     made = forked(*job, limit_s=left_s())
                     record(model=name, mode="prepare", **made)
                     if "error" in made:
                         continue
-                elif not compressed:
+                    written.add(directory)
+                elif mode not in COMPRESSED:
                     write_config(SHAPES[name], directory)
                 if left_s() > 0:
                     measure(directory, left_s(), model=name, mode=mode)
                 else:
                     record(model=name, mode=mode, error="not started: out of time")
         finally:
-            for directory in folder.glob(f"{name}-*"):
+            for directory in directories.values():
                 shutil.rmtree(directory, ignore_errors=True)
             if arguments.folder is None:
-                folder.rmdir()
+                shutil.rmtree(folder, ignore_errors=True)
     for directory in arguments.directories:
         measure(directory, arguments.limit_s, model=directory.name, mode="on disk")
     if arguments.same_tokens is not None:
