@@ -2,6 +2,7 @@
 
 `python -m spinfer.bench.kernel_choices --out FILE` measures as `SPINFER_AUTOTUNE=1` does (kernels/cuda/tune.py), over
 the projections of common models, apart and merged, with random zeros. What an autotuner can gain is the difference.
+With `SPINFER_DENSE_COPIES_GIB` set, dense copies are among the ways.
 """
 
 from __future__ import annotations

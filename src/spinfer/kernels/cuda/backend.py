@@ -13,7 +13,7 @@ from torch import Tensor
 from spinfer import env
 from spinfer.format import TcaBmeTensor
 from spinfer.kernels.cuda.layout import LAYOUT, ChunkGrid, has_dense_copy, ranges_in
-from spinfer.kernels.cuda.select import Dense, choose
+from spinfer.kernels.cuda.select import Dense, choose, in_eights
 from spinfer.kernels.packed import PackedWeight, WeightSpec, tokens_and_stride
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class CudaBackend:
         tokens, stride = tokens_and_stride(x)
         spec, parts = packed.spec, packed.parts
         ranges, dense = ranges_in(parts), has_dense_copy(parts)
-        run = _run(spec.shape, spec.rounded_nnz, -(-tokens // 8) * 8, x.dtype, spec.dtype, index, ranges, dense)
+        run = _run(spec.shape, spec.rounded_nnz, in_eights(tokens), x.dtype, spec.dtype, index, ranges, dense)
         if run is None:
             return torch.nn.functional.linear(x, parts[-1], bias)
         y = x.new_empty((*x.shape[:-1], spec.shape[0]))

@@ -16,7 +16,7 @@ from spinfer.kernels.cuda.configs import (
     StagedConfig,
     WideConfig,
 )
-from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid
+from spinfer.kernels.cuda.layout import BLOCK_COLS, ChunkGrid, ranges_in
 from spinfer.kernels.cuda.runtime import LaunchShape, TensorMaps, Workspaces, load
 
 _CALL = struct.Struct("8Q3i")
@@ -96,7 +96,7 @@ class FusedPass:
             bias: (M,), or None.
             y: (..., M), contiguous, as many rows.
         """
-        chunks, offsets, *ranges = parts
+        chunks, offsets = parts[:2]
         x, stride, address = _rows_aligned(x, tokens, stride, self._in_features)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         partials = arrivals = 0
@@ -111,7 +111,7 @@ class FusedPass:
             0 if bias is None else bias.data_ptr(),
             partials,
             arrivals,
-            ranges[0].data_ptr() if ranges else 0,
+            parts[2].data_ptr() if ranges_in(parts) else 0,
             stride,
             tokens,
             chunks.numel() * 16 // self._chunks,

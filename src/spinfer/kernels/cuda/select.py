@@ -98,6 +98,11 @@ class Dense:
 Plan = Fused | Staged | Decoded | Dense
 
 
+def in_eights(tokens: int) -> int:
+    """The multiple of 8 that tokens come to: eight numbers of them are treated alike."""
+    return -(-tokens // 8) * 8
+
+
 def narrow_choice(grid: ChunkGrid, nnz: int, tokens: int, traits: DeviceTraits, by_cost: bool = False) -> HopperConfig:
     """The configuration of csrc/matmul_sm90.cu that is the fastest.
 
@@ -220,8 +225,7 @@ def _decoded_us(grid: ChunkGrid, nnz: int, tokens: int) -> float:
     # cuBLAS takes up to 2.7 times as long as the others for 300 x 5000, whose rows of y are not aligned.
     if weights > _MOST_DECODED or grid.out_features < _LEAST_ROWS_DECODED or grid.out_features % 8:
         return math.inf
-    counted = -(-tokens // 8) * 8  # eight numbers of tokens are treated alike
-    return weights * (_DECODED_US + _DECODED_US_A_TOKEN * counted) + nnz * _DECODED_US_A_NONZERO
+    return weights * (_DECODED_US + _DECODED_US_A_TOKEN * in_eights(tokens)) + nnz * _DECODED_US_A_NONZERO
 
 
 def _many_tokens(
@@ -257,8 +261,7 @@ def _dense_pays(grid: ChunkGrid, tokens: int, traits: DeviceTraits) -> bool:
     if not traits.hopper:
         return tokens > _MOST_PORTABLE
     millions = grid.out_features * grid.in_features / 1e6
-    counted = -(-tokens // 8) * 8  # eight numbers of tokens are treated alike
-    return counted > min(_MOST_BESIDE_DENSE, (2.2 if grid.blocks_m == 2 else 1.2) * millions - 4)
+    return in_eights(tokens) > min(_MOST_BESIDE_DENSE, (2.2 if grid.blocks_m == 2 else 1.2) * millions - 4)
 
 
 def alternatives(
