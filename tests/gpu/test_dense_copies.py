@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from products import DTYPES, check, random_weight
 from torch import Tensor
 
 from spinfer import SparseLinear, encode, linear, pack
@@ -26,15 +27,14 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sparse_matrix(dtype: torch.dtype, uneven: bool = False) -> Tensor:
-    w = torch.randn(SHAPE, device="cuda")
-    w = torch.where(torch.rand_like(w) < 0.4, w, 0.0)
+    w = random_weight(*SHAPE, 0.4, dtype)
     if uneven:
         w[: SHAPE[0] // 8] = 1.5
-    return w.to(dtype)
+    return w
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_tokens(dtype: torch.dtype, uneven: bool) -> None:
     w = sparse_matrix(dtype, uneven)
     weight = pack(encode(w))
@@ -47,9 +47,7 @@ def test_any_number_of_tokens(dtype: torch.dtype, uneven: bool) -> None:
         for x in (torch.randn(tokens, SHAPE[1], device="cuda"), torch.randn(tokens, 2 * SHAPE[1], device="cuda")):
             x = x.to(dtype)[:, : SHAPE[1]]
             for b in (None, bias):
-                expected = x.double() @ w.double().t() + (0 if b is None else b.double())
-                error = (linear(x, weight, b).double() - expected).norm() / expected.norm()
-                assert error <= {torch.float16: 4e-4, torch.bfloat16: 3e-3}[dtype]
+                check(linear(x, weight, b), x, w, b)
 
 
 def test_many_tokens_are_multiplied_by_the_copy() -> None:
